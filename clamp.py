@@ -1,0 +1,990 @@
+"""CLAMP: contrastive self-supervised learning as neural manifold packing, in one file.
+
+Every image's augmented views form a small cloud on the unit sphere. The clouds are wrapped in
+ellipsoids, ellipsoids that overlap repel, and the energy of that packing trains a ResNet without
+labels. Method and published settings: arXiv 2506.13717.
+
+    python clamp.py                      a laptop's CPU: drawn textures, nothing to download
+    python clamp.py --data photos        your own folder of pictures
+    torchrun clamp.py --data cifar10     one GPU, the published CIFAR-10 settings
+    torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet      one node
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        clamp.py --recipe imagenet1k --data imagenet     many nodes; --out on a shared disk
+
+A run writes, into runs/<data>/ or --out:
+    views.png        the augmented views, one image a row: look at it first
+    log.jsonl        one line an epoch: loss, radius, neighbours, ..., now and then k-NN accuracy
+    checkpoint.pt    everything needed to go on: the same command continues an unfinished run
+    backbone.pt      the trained ResNet under torchvision's own key names, for eval_linear.py
+
+The file reads in the order of the method: recipes, packing loss, augmentation, model, optimiser,
+data, k-NN read-out, training loop, command line.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: the published settings (arXiv 2506.13717 and the authors' release), and one of ours.
+# Every key is also a flag.
+# ---------------------------------------------------------------------------------------------
+
+CIFAR10 = dict(
+    data="cifar10", arch="resnet18", stem="small", projector="2048-256", size=32,
+    radius_scale=7.0, views=16, batch_size=128, epochs=1000, warmup_epochs=10,
+    lr=0.1, eta=1e-3, momentum=0.9, weight_decay=1e-6,
+    crop_scale=[0.08, 1.0], flip_p=0.5, jitter=[0.8, 0.8, 0.8, 0.2], jitter_p=0.8, gray_p=0.2,
+    blur_kernel=3, blur_p=[0.5], solarize_p=[0.0],
+)
+IMAGENET100 = CIFAR10 | dict(
+    data=None, arch="resnet50", stem="imagenet", projector="8192-8192-512", size=224,
+    radius_scale=8.5, views=4, batch_size=512, epochs=200, lr=2.0,
+    jitter=[0.4, 0.4, 0.2, 0.1], blur_kernel=23, blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2],
+)
+RECIPES = {
+    "cifar10": CIFAR10,
+    "imagenet100": IMAGENET100,
+    "imagenet1k": IMAGENET100 | dict(epochs=100, lr=1.1),
+    "patterns": CIFAR10 | dict(  # ours: two minutes on two CPU cores
+        data="patterns", stem="imagenet", views=4, batch_size=256, epochs=24, warmup_epochs=2,
+        lr=0.2, eta=0.0,
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------
+# Packing loss. Needs torch alone.
+# ---------------------------------------------------------------------------------------------
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over processes whose gradient is summed over processes too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad)
+
+
+def all_reduce(x):
+    """Sum of x over all processes; x itself where there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather(x):
+    """Rows of all processes [world * b, ...], in rank order, from each one's x [b, ...]."""
+    if not dist.is_initialized():
+        return x
+    rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
+def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_reach=1.5,
+                 prefactor=0.25, eps_radius=1e-12, eps_energy=1e-6):
+    """Logarithm of the overlap energy of the views' ellipsoids (arXiv 2506.13717).
+
+    Args:
+        z: embeddings [m, b, d] of m >= 2 views of b images, any float dtype. Computed in float32,
+            or in float64 when z is; under autocast as well. With torch.distributed every process
+            passes its own b images, the same number on each.
+        radius_scale: r_s, how far an ellipsoid reaches beyond its cloud.
+        center: subtract the mean of all embeddings before projecting onto the sphere.
+        min_distance: centres closer than this do not interact (their direction is noise).
+        max_reach: cap on r_i + r_j.
+        prefactor: of the sum over ordered pairs; 1/4 in the release, 1/2 in the paper.
+        eps_radius, eps_energy: added inside the square root and inside the logarithm.
+        The defaults are the release's constants.
+
+    Returns:
+        loss: scalar, equal on all processes. Averaged over processes, as DDP does, its gradient
+            is that of one process on the whole batch. First derivatives only.
+        geometry: detached scalars over the whole batch: radius (mean r_i), neighbours (mean number
+            of ellipsoids that one overlaps), with_neighbour (fraction that overlap any), spread
+            (root mean square distance of the centres from their mean), participation_ratio (of
+            the centres' covariance spectrum: 1 on a line, d where all directions count alike).
+
+    Raises ValueError where z is not [m, b, d] with m >= 2.
+    """
+    if z.ndim != 3 or len(z) < 2:
+        raise ValueError(f"packing_loss takes [views >= 2, images, d], not {list(z.shape)}")
+    m, b, d = z.shape
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        if center:
+            z = z - AllReduceSum.apply(z.sum((0, 1))) / (m * b * world)
+        z = F.normalize(z, dim=-1)
+        centers = z.mean(0)  # Z_i
+        trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
+        radii = radius_scale * (trace / min(m, d) + eps_radius).sqrt()  # r_i
+
+        # This process's images against everyone's, which carry no gradient: the force on i needs
+        # the derivative in its own place alone, and the sum over ordered pairs has each pair twice.
+        others = all_gather(torch.cat([centers, radii[:, None]], 1).detach())
+        other_centers, other_radii = others[:, :-1], others[:, -1]
+        origin = other_centers.mean(0)
+        x = (centers - origin).double()  # float64: |x|^2 + |y|^2 - 2xy cancels for close pairs
+        y = (other_centers - origin).double()
+        gram = x @ y.T
+        squared = (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * gram).to(z.dtype)
+        reach = (radii[:, None] + other_radii).clamp(max=max_reach)
+        pairs = (squared > min_distance**2) & (squared < reach.detach().square())
+        pairs.diagonal(rank * b).fill_(False)  # not with itself
+        distance = squared.where(pairs, 1).sqrt()  # where: no gradient through sqrt(0)
+        energy = (1 - distance / reach).where(pairs, 0).square().sum()
+
+        counts = pairs.sum(1)
+        sums = torch.stack([energy.detach(), counts.sum(), (counts > 0).sum(),
+                            gram.detach().square().sum()]).to(z.dtype)
+        total_energy, neighbours, with_neighbour, gram_squared = all_reduce(sums)
+        total = prefactor * total_energy + eps_energy
+        forces = 2 * prefactor * world * (energy - energy.detach())  # zero: only a gradient
+        loss = total.log() + forces / total
+        variance = y.square().sum().to(z.dtype)
+        geometry = {
+            "radius": other_radii.mean(),
+            "neighbours": neighbours / (world * b),
+            "with_neighbour": with_neighbour / (world * b),
+            "spread": (variance / (world * b)).sqrt(),
+            "participation_ratio": variance.square() / gram_squared.clamp(min=1e-30),
+        }
+    return loss, geometry
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation. Batched on the images' device; every view of every image draws its own parameters.
+# The operators take float [n, 3, h, w] in 0..1 and one parameter a picture [n], and agree with
+# torchvision.transforms.functional on each picture to 1e-5.
+# ---------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's networks
+
+
+def draw_boxes(n, height, width, scale, device=None):
+    """Crop boxes (top, left, height, width) [n, 4], drawn as torchvision's RandomResizedCrop does:
+    area in `scale`, aspect in 3/4..4/3, the first of ten tries that fits, or else the centre."""
+    area = height * width * torch.empty(n, 10, device=device).uniform_(*scale)
+    aspect = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    ratio = min(max(width / height, 3 / 4), 4 / 3)
+    center = round(min(height, width / ratio)), round(min(width, height * ratio))
+    h = h.gather(1, first)[:, 0].where(fits.any(1), center[0])
+    w = w.gather(1, first)[:, 0].where(fits.any(1), center[1])
+    u, v = torch.rand(2, n, device=device).where(fits.any(1), 0.5)
+    top, left = (u * (height - h + 1)).floor(), (v * (width - w + 1)).floor()
+    return torch.stack([top, left, h, w], 1)
+
+
+def interpolation_weights(start, length, flip, size, full):
+    """Matrices [n, size, full] that resample pixels start..start+length of `full` to `size`:
+    bilinear, antialiased, back to front where `flip`."""
+    scale = (length / size)[:, None, None]
+    out = torch.arange(size, device=start.device)
+    out = torch.where(flip[:, None], size - 1 - out, out)[:, :, None]
+    pixel = torch.arange(full, device=start.device) - start[:, None, None]  # in the crop's frame
+    weights = (1 - (pixel + 0.5 - (out + 0.5) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def separable(x, rows, columns):
+    """rows @ x @ columns^T for each picture and channel: any separable filter, as two products."""
+    return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+
+
+def resized_crop(x, boxes, flip, size):
+    """Crop boxes [n, 4], resize to size x size, flip left to right where `flip` [n] is true."""
+    top, left, height, width = boxes.T
+    upright = torch.zeros_like(flip)
+    return separable(x, interpolation_weights(top, height, upright, size, x.shape[2]),
+                     interpolation_weights(left, width, flip, size, x.shape[3]))
+
+
+def blend(x, other, factor):
+    return other.lerp(x, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def luminance(x):
+    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def adjust_brightness(x, factor):
+    return (x * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return blend(x, luminance(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x, factor):
+    return blend(x, luminance(x), factor)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue by `shift` [n], in turns of the colour circle (-0.5..0.5)."""
+    value, argmax = x.max(1)
+    chroma = value - x.amin(1)
+    r, g, b = x.unbind(1)
+    sector = torch.stack([g - b, b - r, r - g], 1).gather(1, argmax[:, None])[:, 0]
+    hue = 2 * argmax + sector / chroma.where(chroma > 0, 1) + 6 * shift.view(-1, 1, 1)  # sixths
+    k = (hue[:, None] + hue.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma, kernel):
+    """Blur with `kernel` taps at reflecting borders, standard deviation sigma [n] in pixels;
+    zero leaves the picture as it is."""
+    taps = torch.arange(kernel, device=x.device) - kernel // 2
+    weights = (-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]).square()).softmax(1)
+
+    def matrix(size):
+        source = torch.arange(size, device=x.device)[:, None] + taps
+        source = (size - 1) - ((size - 1) - source.abs()).abs()  # reflected at both ends
+        return (weights @ F.one_hot(source.T, size).to(x.dtype).flatten(1)).view(-1, size, size)
+
+    return separable(x, matrix(x.shape[2]), matrix(x.shape[3]))
+
+
+def solarize(x):
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+class MultiViewAugment:
+    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size], on the images' device.
+
+    Crop, flip, colour jitter, grey, blur, solarise, normalise, as in SimCLR and BYOL. `jitter` is
+    the strength of brightness, contrast, saturation and hue. `blur_p` and `solarize_p` hold one
+    probability for all views, or several that the views take in turn: (1.0, 0.1) for even and odd.
+    Random numbers come from torch's default generator of the device.
+    """
+
+    def __init__(self, size, views, crop_scale=(0.08, 1.0), flip_p=0.5, jitter=(0.8, 0.8, 0.8, 0.2),
+                 jitter_p=0.8, gray_p=0.2, blur_kernel=3, blur_p=(0.5,), solarize_p=(0.0,)):
+        self.size, self.views, self.crop_scale, self.flip_p = size, views, crop_scale, flip_p
+        self.jitter, self.jitter_p, self.gray_p = jitter, jitter_p, gray_p
+        self.blur_kernel, self.blur_p, self.solarize_p = blur_kernel, blur_p, solarize_p
+
+    def __call__(self, images):
+        b, _, height, width = images.shape
+        n, device = self.views * b, images.device
+        boxes = draw_boxes(n, height, width, self.crop_scale, device)
+        flip = torch.rand(n, device=device) < self.flip_p
+        pictures = (images / 255).repeat(self.views, 1, 1, 1)
+        crops = resized_crop(pictures, boxes, flip, self.size).unflatten(0, (self.views, b))
+        return self.photometric(crops, self.draw(b, device))
+
+    def crop(self, picture):
+        """uint8 [3, H, W] -> uint8 crops [m, 3, size, size]: what a loader worker does."""
+        crop = v2.Compose([v2.RandomResizedCrop(self.size, self.crop_scale),
+                           v2.RandomHorizontalFlip(self.flip_p)])
+        return torch.stack([crop(picture) for _ in range(self.views)])
+
+    def finish(self, crops):
+        """The rest, batched on their device: uint8 crops [b, m, ...] -> views [m, b, ...]."""
+        crops = crops.transpose(0, 1) / 255
+        return self.photometric(crops, self.draw(crops.shape[1], crops.device))
+
+    def draw(self, b, device=None):
+        """Photometric parameters of m views of b images: a dict of [m, b] tensors, but jitter
+        [4, m, b] and order, a permutation of the four that the whole batch shares."""
+        def chance(p):  # p: one probability, or several that the views take in turn
+            p = torch.tensor([p[k % len(p)] for k in range(self.views)], device=device)
+            return torch.rand(self.views, b, device=device) < p[:, None]
+
+        def uniform(low, high):
+            return torch.empty(self.views, b, device=device).uniform_(low, high)
+
+        jittered = chance([self.jitter_p])
+        factors = [uniform(max(0, 1 - s), 1 + s).where(jittered, 1) for s in self.jitter[:3]]
+        shift = uniform(-self.jitter[3], self.jitter[3]).where(jittered, 0)
+        return {
+            "jitter": torch.stack([*factors, shift]),
+            "order": torch.randperm(4).tolist(),  # of brightness, contrast, saturation, hue
+            "gray": chance([self.gray_p]),
+            "sigma": uniform(0.1, 2.0).where(chance(self.blur_p), 0),
+            "solarize": chance(self.solarize_p),
+        }
+
+    def photometric(self, crops, drawn):
+        """Colours, blur and normalisation of crops in 0..1 [m, b, 3, size, size], as drawn."""
+        x, shape = crops.flatten(0, 1), crops.shape
+        adjust = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+        for k in drawn["order"]:
+            if self.jitter_p and self.jitter[k]:
+                x = adjust[k](x, drawn["jitter"][k].flatten())
+        if self.gray_p:
+            x = torch.where(drawn["gray"].view(-1, 1, 1, 1), luminance(x), x)
+        if any(self.blur_p):
+            x = gaussian_blur(x, drawn["sigma"].flatten(), self.blur_kernel)
+        if any(self.solarize_p):
+            x = torch.where(drawn["solarize"].view(-1, 1, 1, 1), solarize(x), x)
+        return normalize(x).view(shape)
+
+
+def normalize(x):
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Model: a torchvision ResNet without its classifier, and a projector that is dropped afterwards.
+# ---------------------------------------------------------------------------------------------
+
+
+def build_backbone(arch, stem="imagenet"):
+    """torchvision's `arch` with an identity for `fc`: images [n, 3, h, w] -> features [n, 512] or
+    [n, 2048]. The "small" stem (3x3 convolution of stride 1, no max-pool) is for 32 px images."""
+    backbone = getattr(torchvision.models, arch)()
+    backbone.num_features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    if stem == "small":
+        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def build_projector(features, widths):
+    """Linear-ReLU-...-Linear from `features` through `widths`, such as "2048-256"."""
+    sizes = [features, *map(int, widths.split("-"))]
+    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimiser
+# ---------------------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on each tensor is scaled by eta * |weights| / |gradient|
+    (arXiv 1708.03888). Tensors with one dimension (biases, batch norm) get neither that scaling
+    nor weight decay. eta = 0 turns the scaling off for all: plain SGD."""
+
+    def __init__(self, params, lr, eta=1e-3, momentum=0.9, weight_decay=0.0):
+        params = list(params)
+        groups = [dict(params=[p for p in params if p.ndim > 1]),
+                  dict(params=[p for p in params if p.ndim <= 1], eta=0.0, weight_decay=0.0)]
+        super().__init__(groups, dict(lr=lr, eta=eta, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            if group["eta"]:
+                weight = torch.stack(torch._foreach_norm(params))
+                gradient = torch.stack(torch._foreach_norm(steps))
+                ratio = (group["eta"] * weight / gradient).where((weight > 0) & (gradient > 0), 1)
+                torch._foreach_mul_(steps, ratio.unbind())
+            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, steps)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def lr_scale(step, warmup, total):
+    """Factor on the peak learning rate: linear from 0 over `warmup` steps, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: uint8 images [n, 3, h, w] where they fit, otherwise a list of files; labels, or -1.
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+def wave(t):
+    return torch.cos(2 * math.pi * t)
+
+
+def line(t, width=0.15):
+    """1 near whole numbers, 0 between."""
+    return ((width - (t - t.round()).abs()) * 16).sigmoid()
+
+
+def honeycomb(u, v):
+    three = wave(u) + wave(u / 2 + v * 0.75**0.5) + wave(u / 2 - v * 0.75**0.5)
+    return ((-0.6 - three) * 4).sigmoid()
+
+
+TEXTURES = {  # u, v [n, h, w]: turned coordinates in periods -> brightness, in any range
+    "stripes": lambda u, v: wave(u),
+    "checks": lambda u, v: (4 * wave(u / 2) * wave(v / 2)).tanh(),
+    "dots": lambda u, v: ((wave(u) + wave(v) - 1) * 4).sigmoid(),
+    "grid": lambda u, v: torch.maximum(line(u), line(v)),
+    "rings": lambda u, v: wave(torch.hypot(u, v)),
+    "zigzag": lambda u, v: wave(u + (v - v.round()).abs()),
+    "rays": lambda u, v: torch.cos(8 * torch.atan2(v, u)),
+    "hexagons": honeycomb,
+    "bricks": lambda u, v: torch.maximum(line(u), line(v / 2 + 0.5 * (u.floor() % 2))),
+    "spiral": lambda u, v: torch.cos(math.pi * torch.hypot(u, v) + 4 * torch.atan2(v, u)),
+}
+
+
+def draw_patterns(n, seed, size=32):
+    """n grey textures of ten kinds in turn: images uint8 [n, 3, size, size], labels [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+    labels = torch.arange(n) % len(TEXTURES)
+    side = torch.arange(size) - size / 2
+    x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)
+    angle, period = uniform(0, 2 * math.pi), uniform(5, 8)
+    u = (x * angle.cos() + y * angle.sin()) / period
+    v = (y * angle.cos() - x * angle.sin()) / period
+    images = torch.empty(n, size, size)
+    for k, texture in enumerate(TEXTURES.values()):
+        images[k::len(TEXTURES)] = texture(u[k::len(TEXTURES)], v[k::len(TEXTURES)])
+    images = images - images.mean((1, 2), keepdim=True)
+    images = images / images.std((1, 2), keepdim=True) * uniform(0.08, 0.25)
+    images = images + uniform(0.4, 0.6)
+    images += uniform(0, 0.08) * torch.randn(n, size, size, generator=generator)
+    images = (images.clamp(0, 1) * 255).byte()
+    return images[:, None].expand(-1, 3, -1, -1).contiguous(), labels
+
+
+DATASETS = ("patterns", "cifar10", "cifar100", "stl10")
+
+
+def load_data(name, split="train", data_dir="data", limit=None, seed=0, resident_gb=4.0):
+    """Load a data set by name, or a folder of pictures by path.
+
+    Args:
+        name: one of DATASETS, or a folder with train/<class>/ (and test/ or val/ beside it), or
+            a folder of pictures without labels; subfolders are searched.
+        split: "train", "test", or "pretrain": train, with the unlabelled images where there are.
+        limit: keep the first `limit` images of a shuffle seeded with `seed`.
+        resident_gb: images of one size that take at most this much are decoded now.
+
+    Returns:
+        images: uint8 [n, 3, H, W], or the list of files where they are not decoded.
+        labels: int64 [n]; -1 where there is none.
+
+    Raises UserError where there is nothing to read.
+    """
+    if name == "patterns":
+        images, labels = draw_patterns(*((2000, 1) if split == "test" else (5000, 0)))
+    elif name in DATASETS:
+        images, labels = download(name, split, data_dir)
+    else:
+        images, labels = find_pictures(Path(name), split)
+    if limit and limit < len(labels):
+        kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        labels = labels[kept]
+    return (images if torch.is_tensor(images) else decode(images, resident_gb)), labels
+
+
+def download(name, split, root):
+    """CIFAR-10, CIFAR-100 or STL-10 through torchvision, which checks what it downloads."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank and dist.is_initialized():
+        dist.barrier()  # one process of each node downloads
+    try:
+        if name == "stl10":
+            part = "train+unlabeled" if split == "pretrain" else split
+            data = torchvision.datasets.STL10(root, part, download=True)
+            images, labels = torch.from_numpy(data.data), data.labels
+        else:
+            cifar = getattr(torchvision.datasets, name.upper())
+            data = cifar(root, train=split != "test", download=True)
+            images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(f"--data {name}: cannot download to {root}/ ({error}); check the network, "
+                        f"or put the archive from torchvision's documentation there") from None
+    if not local_rank and dist.is_initialized():
+        dist.barrier()
+    return images.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
+
+
+def find_pictures(path, split):
+    """Files and labels below path/train, path/test or path/val; or below path, without labels."""
+    if not path.is_dir():
+        raise UserError(f"--data {path}: no such folder, and not one of {', '.join(DATASETS)}")
+    root = train = path / "train" if (path / "train").is_dir() else path
+    if split == "test":
+        root = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
+        if root is None:
+            raise UserError(f"--data {path}: no test/ or val/ folder in it to evaluate on")
+    walk = os.walk(root, followlinks=True)
+    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names
+                   if name.lower().endswith(IMG_EXTENSIONS))
+    if not files:
+        raise UserError(f"--data {path}: no pictures below {root} ({' '.join(IMG_EXTENSIONS)})")
+    labels = torch.full((len(files),), -1)
+    if train != path:
+        classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+        index = {name: k for k, name in enumerate(classes)}
+        labels = torch.tensor([index.get(Path(f).relative_to(root).parts[0], -1) for f in files])
+    return files, labels
+
+
+def read_picture(file):
+    """uint8 [3, H, W]"""
+    try:
+        return v2.functional.pil_to_tensor(default_loader(file))
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"{file}: not a readable picture ({error}); mend or remove it") from None
+
+
+def decode(files, resident_gb):
+    """uint8 [n, 3, H, W] of the files, or the files where sizes differ or memory is short."""
+    images = None
+    for k, file in enumerate(tqdm(files, "decoding", unit="image", leave=False)):
+        picture = read_picture(file)
+        if images is None:
+            if picture.nbytes * len(files) > resident_gb * 2**30:
+                return files
+            images = picture.new_empty(len(files), *picture.shape)
+        if picture.shape != images.shape[1:]:
+            return files
+        images[k] = picture
+    return images
+
+
+class CenterView:
+    """One normalised view, the same each time: shorter side to 8/7 size, then the centre; pictures
+    of that size stay whole. The counterpart of MultiViewAugment for evaluation."""
+
+    def __init__(self, size):
+        self.size = size
+        self.resize = v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)])
+
+    def __call__(self, images):
+        return self.finish(self.crop(images))
+
+    def crop(self, images):
+        """uint8 [..., 3, H, W] -> uint8 [..., 3, size, size]."""
+        whole = images.shape[-2:] == (self.size, self.size)
+        return images if whole else self.resize(images)
+
+    def finish(self, crops):
+        return normalize(crops / 255)
+
+
+def crop_pictures(files, augment):
+    return torch.stack([augment.crop(read_picture(file)) for file in files])
+
+
+def view_batches(images, batches, augment, device, workers=0):
+    """Yield augment's views of the images in each row of `batches` (indices [steps, b]). Images in
+    memory are augmented on their device; files are decoded once and cropped by loader workers."""
+    if torch.is_tensor(images):
+        for rows in batches:
+            yield augment(images[rows.to(images.device)])
+    else:
+        loader = torch.utils.data.DataLoader(
+            images, batch_sampler=[rows.tolist() for rows in batches], num_workers=workers,
+            collate_fn=partial(crop_pictures, augment=augment), pin_memory=device.type == "cuda")
+        for crops in loader:
+            yield augment.finish(crops.to(device, non_blocking=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes, precision, features and the k-NN read-out; eval_linear.py shares them.
+# ---------------------------------------------------------------------------------------------
+
+
+def start_processes(device="auto"):
+    """Join torchrun's other processes, if it started this one. Returns this process's device."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: no GPU for process {local_rank} among "
+                            f"{torch.cuda.device_count()}; lower --nproc-per-node, or --device cpu")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def autocast_dtype(amp, device):
+    """The dtype of --amp; "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def embed(network, x, dtype):
+    """network's output float32 [..., d] for pictures x [..., 3, h, w], autocast to dtype."""
+    flat = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        return network(flat).float().unflatten(0, x.shape[:-3])
+
+
+@torch.no_grad()
+def extract_features(backbone, images, augment, device, dtype, workers=0, desc="features"):
+    """Features float32 [n, f] of one view of each image, by the backbone in eval mode. The images
+    are divided among the processes; each returns all features."""
+    rank, world = rank_and_world()
+    n = len(images)
+    share = torch.arange(-(-n // world) * world).view(-1, world)[:, rank] % n
+    batches = share.split(512)
+    views = view_batches(images, batches, augment, device, workers)
+    bar = tqdm(views, desc, len(batches), unit="batch", disable=rank > 0, leave=False)
+    features = all_gather(torch.cat([embed(backbone, x, dtype) for x in bar]))  # in rank order
+    return features.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]
+
+
+def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
+    """Accuracy in % of a k-nearest-neighbour vote weighted by exp(cosine / 0.07) (arXiv
+    1805.01978). Without queries, each row of the bank is classified by the others."""
+    bank = F.normalize(bank)
+    alone = queries is None
+    queries, labels = (bank, bank_labels) if alone else (F.normalize(queries), labels)
+    correct = 0
+    for start in range(0, len(queries), 1024):
+        cosine = queries[start:start + 1024] @ bank.T
+        if alone:
+            cosine.diagonal(start).fill_(-1)
+        cosine, nearest = cosine.topk(min(k, len(bank) - 1))
+        votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
+        correct += (votes.sum(1).argmax(1) == labels[start:start + 1024]).sum().item()
+    return 100 * correct / len(queries)
+
+
+def load_backbone(path, pretrained=True):
+    """The backbone of a run folder or a backbone.pt, and what the file says of it: arch, stem,
+    size, data. Raises UserError where there is none."""
+    path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        backbone = build_backbone(saved["arch"], saved["stem"])
+        if pretrained:
+            backbone.load_state_dict(saved["backbone"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
+    except Exception:  # torch.load raises many kinds
+        raise UserError(f"{path}: not a backbone that clamp.py wrote") from None
+    return backbone, saved
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def train(args, loss_fn=packing_loss):
+    """Train as args (from parse_args) say and write the run folder args.out.
+
+    loss_fn(z, radius_scale) -> (loss, geometry): z float32 [m, b, d], this process's images;
+    geometry, a dict of scalars to show and log, may be empty.
+
+    Raises UserError where the data or an earlier run in args.out do not fit.
+    """
+    device = start_processes(args.device)
+    dtype = autocast_dtype(args.amp, device)
+    rank, world = rank_and_world()
+    main, out = rank == 0, Path(args.out)
+    checkpoint = load_checkpoint(args)
+    start = checkpoint["epoch"] if checkpoint else 0
+    if start == args.epochs:
+        if main:
+            print(f"{out}/ is finished ({start} epochs); --fresh trains anew, --out elsewhere")
+        return
+
+    images, labels = load_data(args.data, "pretrain", args.data_dir, args.limit, args.seed,
+                               args.resident_gb)
+    n, b = len(images), args.batch_size // world  # b: this process's share of a batch
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
+    if args.batch_size > n:
+        raise UserError(f"--batch-size {args.batch_size}: only {n} images in {args.data}; lower it")
+    resident = torch.is_tensor(images)
+    images = images.to(device) if resident else images
+    augment = MultiViewAugment(args.size, args.views, args.crop_scale, args.flip_p, args.jitter,
+                               args.jitter_p, args.gray_p, args.blur_kernel, args.blur_p,
+                               args.solarize_p)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    labelled = (labels >= 0).nonzero()[:, 0]  # labels are for the k-NN read-out alone
+    labelled = labelled[torch.randperm(len(labelled), generator=shuffle)[:5000]]
+
+    torch.manual_seed(args.seed)
+    backbone = build_backbone(args.arch, args.stem)
+    projector = build_projector(backbone.num_features, args.projector)
+    network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+    if device.type == "cuda" and world > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = LARS(network.parameters(), args.lr, args.eta, args.momentum, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    if args.compile:
+        network.compile()
+    model = nn.parallel.DistributedDataParallel(network) if dist.is_initialized() else network
+
+    steps = n // args.batch_size
+    views_per_step = args.views * args.batch_size
+    if main:
+        open_run(out, start)
+        print(f"{args.data}: {n} images {'in memory' if resident else 'streamed'}, "
+              f"{args.views} views of {args.size} px; {args.arch}, {args.stem} stem; "
+              f"{world} x {device.type}, {str(dtype)[6:]}; "
+              f"{f'continuing after epoch {start} in' if start else 'writing'} {out}/", flush=True)
+    with tqdm(total=args.epochs * steps * views_per_step, initial=start * steps * views_per_step,
+              unit="view", unit_scale=True, disable=not main, mininterval=0.5) as bar:
+        for epoch in range(start, args.epochs):
+            # Seeded by the epoch: a continued run draws what an uninterrupted one would have.
+            seed = 10_000 * args.seed + epoch
+            shuffle.manual_seed(seed)
+            order = torch.randperm(n, generator=shuffle)[:steps * args.batch_size]
+            torch.manual_seed(seed * world + rank)
+            batches = view_batches(images, order.view(steps, world, b)[:, rank], augment, device,
+                                   args.workers)
+            model.train()
+            sums = 0
+            for step, views in enumerate(batches):
+                if main and epoch == step == 0:
+                    save_views(views, out / "views.png")
+                lr = args.lr * args.batch_size / 256 * lr_scale(
+                    epoch * steps + step, args.warmup_epochs * steps, args.epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss, geometry = loss_fn(embed(model, views, dtype), args.radius_scale)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+                metrics = {"loss": loss.detach(), **geometry}
+                values = [torch.as_tensor(v, device=device) for v in metrics.values()]
+                sums = sums + torch.stack(values)
+                if step % 10 == 0:  # not at every step: to read a number is to wait for the GPU
+                    shown = {name: f"{metrics[name].item():.3g}" for name in list(metrics)[:3]}
+                    bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+                    bar.set_postfix(shown, lr=f"{lr:.2g}", refresh=False)
+                bar.update(views_per_step)
+
+            record = {"epoch": epoch + 1, **dict(zip(metrics, (sums / steps).tolist())), "lr": lr}
+            if not math.isfinite(record["loss"]):
+                raise UserError(f"the loss became {record['loss']} in epoch {epoch + 1}: lower "
+                                f"--lr, or --amp off; {out}/ keeps the epoch before")
+            last = epoch + 1 == args.epochs
+            if len(labelled) > 1 and (last or (epoch + 1) % args.knn_every == 0):
+                bank = images[labelled.to(device)] if resident else [images[i] for i in labelled]
+                features = extract_features(backbone.eval(), bank, CenterView(args.size), device,
+                                            dtype, args.workers, "k-NN")
+                record["knn"] = knn_accuracy(features, labels[labelled].to(device))
+                bar.write(f"epoch {epoch + 1}: loss {record['loss']:.3f}, "
+                          f"20-NN {record['knn']:.1f} % of {len(labelled)} training images")
+            if main:
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
+                save(out / "backbone.pt", {
+                    "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
+                    "mean": MEAN, "std": STD, "backbone": backbone.state_dict()})
+                save(out / "checkpoint.pt", {
+                    "epoch": epoch + 1, "settings": vars(args), "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+    if main:
+        print(f"finished {out}/backbone.pt; next: python eval_linear.py {out}")
+
+
+def load_checkpoint(args):
+    """The checkpoint in args.out, or None; raises UserError where its settings are others."""
+    path = Path(args.out, "checkpoint.pt")
+    if args.fresh or not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = checkpoint["settings"]
+    except Exception:  # torch.load raises many kinds
+        raise UserError(f"{path}: not a checkpoint of clamp.py; --fresh starts over") from None
+    free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
+            "knn_every"}  # what may differ
+    for name in vars(args).keys() - free:
+        if saved.get(name) != getattr(args, name):
+            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
+            raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
+                            "--fresh starts that run over, another --out keeps it")
+    return checkpoint
+
+
+def open_run(out, start):
+    """Make the run folder, with the first `start` lines of an earlier run's log and no more."""
+    out.mkdir(parents=True, exist_ok=True)
+    if start == 0:
+        for name in ("checkpoint.pt", "backbone.pt", "linear.json", "linear-random-init.json"):
+            (out / name).unlink(missing_ok=True)
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(lines[:start]))
+
+
+def save(path, content):
+    """Write all or nothing: a run killed while it writes keeps the file before."""
+    torch.save(content, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def save_views(views, path):
+    """A picture of up to 8 views [m, b, 3, s, s] of 8 images, one image a row."""
+    grid = views[:8, :8].transpose(0, 1).flatten(0, 1).cpu()
+    grid = grid * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    torchvision.utils.save_image(grid, path, nrow=min(8, len(views)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Help with defaults, a line a flag; errors of one line, exit status 2."""
+
+    def __init__(self, prog, **options):
+        super().__init__(prog, usage=f"{prog} [--flag value ...]", allow_abbrev=False, **options,
+                         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
+                             prog, max_help_position=32, width=120))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of `kind` within low..high."""
+    def convert(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # for argparse's message
+    return convert
+
+
+def add_machine_flags(parser):
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
+        help="loader processes for streamed pictures")
+    add("--resident-gb", type=number(float, 0), default=4.0,
+        help="keep images of one size in memory up to this, stream the rest")
+    add("--data-dir", default="data", help="where downloads are kept")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
+
+
+def parse_args(argv=None):
+    """Settings from the command line, or from the list argv: a recipe's, overridden by flags."""
+    count, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    parser = Parser("clamp.py", add_help=False,
+                    description="Train CLAMP. --recipe NAME --help shows that recipe's defaults.")
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, help="settings that the flags override")
+    add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
+    add("--limit", type=count, help="use the first LIMIT images of a seeded shuffle")
+    add("--out", help="run folder (default: runs/<data>)", default=argparse.SUPPRESS)
+    add("--fresh", action="store_true", help="start the run in --out over")
+    add("--radius-scale", type=positive, help="r_s, reach of an ellipsoid over its cloud's size")
+    add("--views", type=number(int, 2), help="m, views of an image")
+    add("--batch-size", type=count, help="b, images a step, over all processes")
+    add("--epochs", type=count, help="passes over the images")
+    add("--warmup-epochs", type=number(int, 0), help="linear warm-up, then a cosine to 0")
+    add("--lr", type=positive, help="peak learning rate, times batch/256")
+    add("--eta", type=positive, help="LARS trust coefficient; 0: plain SGD")
+    add("--momentum", type=share, help="momentum")
+    add("--weight-decay", type=positive, help="weight decay, not of biases and norms")
+    add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="torchvision network")
+    add("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no max-pool")
+    add("--projector", help="widths of the projector's layers")
+    add("--size", type=number(int, 8), help="side of a view in pixels")
+    add("--crop-scale", type=share, nargs=2, metavar="S", help="smallest, largest part of the area")
+    add("--flip-p", type=share, help="probability of a flip")
+    add("--jitter", type=positive, nargs=4, metavar="J",
+        help="strength of brightness, contrast, saturation, hue")
+    add("--jitter-p", type=share, help="probability of colour jitter")
+    add("--gray-p", type=share, help="probability of grey")
+    add("--blur-kernel", type=count, help="taps of the Gaussian blur, odd")
+    add("--blur-p", type=share, nargs="+", metavar="P",
+        help="probability of blur; several are taken by the views in turn")
+    add("--solarize-p", type=share, nargs="+", metavar="P",
+        help="probability of solarising; several likewise")
+    add("--knn-every", type=count, default=10, help="epochs between k-NN read-outs")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add_machine_flags(parser)
+
+    known, _ = parser.parse_known_args(argv)
+    alike = {"cifar100": "cifar10", "stl10": "cifar10"}.get(known.data, known.data)
+    recipe = known.recipe or (alike if alike in RECIPES else "patterns")
+    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    add("-h", "--help", action="help", help="show this and exit")
+    args = parser.parse_args(argv)
+
+    if args.data is None:
+        parser.error(f"--recipe {recipe} needs --data FOLDER")
+    if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
+        parser.error(f"--projector {args.projector}: not widths such as 2048-256")
+    if args.crop_scale[0] > args.crop_scale[1] or not args.crop_scale[1]:
+        parser.error(f"--crop-scale {args.crop_scale}: the smallest first, and not both 0")
+    if args.jitter[3] > 0.5:
+        parser.error(f"--jitter: hue {args.jitter[3]} is not within 0 and 0.5")
+    if args.blur_kernel % 2 == 0 or args.blur_kernel > args.size:
+        parser.error(f"--blur-kernel {args.blur_kernel}: not odd, or more than --size {args.size}")
+    if args.warmup_epochs >= args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs}: not less than --epochs {args.epochs}")
+    args.out = getattr(args, "out", f"runs/{Path(args.data).resolve().name}")
+    return args
+
+
+def command_line(main):
+    """Run main(); a UserError ends it with one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command_line(lambda: train(parse_args()))

@@ -1,0 +1,661 @@
+"""Tests of clamp.py and eval_linear.py against independent references; CPU, no network."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import clamp
+import eval_linear
+
+HERE = Path(__file__).parent
+TINY = ["--epochs", "3", "--warmup-epochs", "1", "--limit", "96", "--batch-size", "32", "--views",
+        "2", "--projector", "32-16", "--knn-every", "2", "--workers", "1"]
+PAPER = dict(center=False, min_distance=0.0, max_reach=math.inf, prefactor=0.5, eps_radius=0.0,
+             eps_energy=0.0)
+
+
+def embeddings(m, b, d, noise=0.3, seed=0, dtype=torch.float64):
+    """b clouds of m points in d dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(b, d, generator=generator, dtype=torch.float64)
+    offsets = noise * torch.randn(m, b, d, generator=generator, dtype=torch.float64)
+    return (centers + offsets).to(dtype)
+
+
+# ------------------------------------------------------------------------------ packing loss
+
+
+def loop_loss(z, radius_scale=7.0, center=True, min_distance=1e-3, max_reach=1.5, prefactor=0.25,
+              eps_radius=1e-12, eps_energy=1e-6):
+    """The equations, one image and one pair at a time, with the full covariance matrix."""
+    m, b, d = z.shape
+    mean = sum(z[k, i] for k in range(m) for i in range(b)) / (m * b) if center else 0
+    unit = [[(z[k, i] - mean) / (z[k, i] - mean).norm() for k in range(m)] for i in range(b)]
+    centers, radii = [], []
+    for views in unit:
+        middle = sum(views) / m
+        covariance = sum(torch.outer(v - middle, v - middle) for v in views) / (m - 1)
+        centers.append(middle)
+        radii.append(radius_scale * (covariance.trace() / min(m, d) + eps_radius).sqrt())
+    energy, neighbours = 0, [0] * b
+    for i in range(b):
+        for j in range(b):
+            distance = (centers[i] - centers[j]).norm() if i != j else None
+            reach = min(radii[i] + radii[j], torch.tensor(max_reach, dtype=z.dtype))
+            if i != j and min_distance < distance < reach:
+                energy = energy + prefactor * (1 - distance / reach) ** 2
+                neighbours[i] += 1
+    return torch.log(energy + torch.tensor(eps_energy)), centers, radii, neighbours
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3)])
+@pytest.mark.parametrize("options", [{}, PAPER, dict(radius_scale=4.0), dict(max_reach=1.3)])
+def test_loss_and_gradient_equal_the_equations(shape, options):
+    z, reference = embeddings(*shape).requires_grad_(), embeddings(*shape).requires_grad_()
+    loss, geometry = clamp.packing_loss(z, **options)
+    expected, centers, radii, neighbours = loop_loss(reference, **options)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.to(loss), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(z.grad, reference.grad, rtol=1e-7, atol=1e-9)
+    assert sum(neighbours) > 0
+    centers, b = torch.stack(centers).detach(), shape[1]
+    spectrum = torch.linalg.eigvalsh(torch.cov(centers.T))
+    expected = {"radius": sum(radii).item() / b, "neighbours": sum(neighbours) / b,
+                "with_neighbour": sum(count > 0 for count in neighbours) / b,
+                "spread": (centers - centers.mean(0)).norm(dim=1).square().mean().sqrt().item(),
+                "participation_ratio": (spectrum.sum() ** 2 / spectrum.square().sum()).item()}
+    assert {k: v.item() for k, v in geometry.items()} == pytest.approx(expected, rel=1e-6)
+    assert not any(value.requires_grad for value in geometry.values())
+
+
+def test_gradcheck():
+    for options in ({}, PAPER, dict(radius_scale=2.0, max_reach=1.2)):
+        z = embeddings(3, 5, 4).requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: clamp.packing_loss(z, **options)[0], z)
+
+
+@pytest.mark.parametrize("case", ["coincident", "one image", "two views", "zero radii", "apart",
+                                  "same centres", "bfloat16", "half"])
+def test_gradients_are_finite(case):
+    z = {"coincident": torch.ones(4, 8, 16),
+         "one image": embeddings(4, 1, 16),
+         "two views": embeddings(2, 8, 16),
+         "zero radii": embeddings(4, 8, 16, noise=0.0),
+         "apart": torch.eye(8).expand(4, 8, 8) + 1e-5 * torch.randn(4, 8, 8),
+         "same centres": embeddings(4, 1, 16).expand(4, 8, 16),
+         "bfloat16": embeddings(4, 8, 16, dtype=torch.bfloat16),
+         "half": embeddings(4, 8, 16, dtype=torch.half)}[case]
+    z = z.clone().requires_grad_()
+    loss, geometry = clamp.packing_loss(z)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+    assert all(value.isfinite() for value in geometry.values())
+    assert loss.dtype == (torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
+def test_close_centres_in_float32_have_the_gradient_of_float64():
+    z = embeddings(4, 16, 32, noise=0.05)
+    z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * embeddings(1, 1, 32, seed=1)[:, 0]
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        x = z.detach().clone().to(dtype).requires_grad_()
+        clamp.packing_loss(x)[0].backward()
+        grads.append(x.grad.double())
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[0].abs().max().item())
+
+
+def test_loss_is_invariant():
+    z = embeddings(4, 9, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    loss = clamp.packing_loss(z)[0]
+    for same in (z[:, torch.randperm(9)], z[torch.randperm(4)], z @ rotation, 5 * z, z + 3):
+        torch.testing.assert_close(clamp.packing_loss(same)[0], loss)
+    assert abs(clamp.packing_loss(z + 3, center=False)[0] - loss) > 1e-3
+
+
+def pair(angle, spread=0.05):
+    """Two clouds of 4 points on the unit sphere in 3-d, `angle` apart."""
+    points = []
+    for a in (0.0, angle):
+        t = torch.tensor([-spread, spread, 0, 0], dtype=torch.float64)
+        p = torch.tensor([0, 0, -spread, spread], dtype=torch.float64)
+        points.append(torch.stack([(a + t).cos() * p.cos(), (a + t).sin() * p.cos(), p.sin()], 1))
+    return torch.stack(points, 1).requires_grad_()
+
+
+def test_overlapping_pair_moves_apart_and_shrinks_and_a_separated_pair_stays():
+    def size_and_distance(z):
+        z = F.normalize(z, dim=-1)
+        return (z - z.mean(0)).norm(dim=-1).mean(), (z.mean(0)[0] - z.mean(0)[1]).norm()
+
+    z = pair(angle=0.2)
+    loss, geometry = clamp.packing_loss(z, center=False)
+    loss.backward()
+    assert geometry["neighbours"] == 1
+    (size, distance), (size_after, distance_after) = map(size_and_distance, (z, z - 1e-3 * z.grad))
+    assert distance_after > distance and size_after < size
+
+    z = pair(angle=2.0)
+    loss, geometry = clamp.packing_loss(z, center=False)
+    loss.backward()
+    assert geometry["neighbours"] == 0 and loss.item() == pytest.approx(math.log(1e-6))
+    assert (z.grad == 0).all()
+
+
+def test_loss_ignores_autocast_and_refuses_one_view():
+    z = embeddings(4, 8, 16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = clamp.packing_loss(z)[0]
+    assert inside == clamp.packing_loss(z)[0]
+    for wrong in (z[:1], z[0]):
+        with pytest.raises(ValueError, match="views >= 2"):
+            clamp.packing_loss(wrong)
+
+
+def share_of_loss(rank, world, port, folder):
+    """One process of DDP on its share of the images: saves the loss and the averaged gradient."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 5).double()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    x = embeddings(3, 12, 6)[:, rank * 12 // world:(rank + 1) * 12 // world]
+    loss, geometry = clamp.packing_loss(ddp(x))
+    loss.backward()
+    geometry = {k: v.item() for k, v in geometry.items()}
+    torch.save((loss.detach(), model.weight.grad, geometry), f"{folder}/{world}-{rank}.pt")
+    del ddp
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_have_the_gradient_of_one(world, tmp_path):
+    torch.multiprocessing.spawn(share_of_loss, (world, free_port(), str(tmp_path)), nprocs=world)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 5).double()
+    loss, geometry = clamp.packing_loss(model(embeddings(3, 12, 6)))
+    loss.backward()
+    for rank in range(world):
+        shared, grad, shared_geometry = torch.load(tmp_path / f"{world}-{rank}.pt")
+        torch.testing.assert_close(shared, loss.detach(), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(grad, model.weight.grad, rtol=1e-12, atol=1e-13)
+        assert shared_geometry == pytest.approx({k: v.item() for k, v in geometry.items()})
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+def pictures(n=12, height=20, width=28, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(n, 3, height // 4, width // 4, generator=generator)
+    x = F.interpolate(noise, (height, width), mode="bilinear")
+    x[0] = 0.5  # grey: no hue, no saturation
+    x[1] = x[1].round()  # corners of the colour cube
+    return x
+
+
+@pytest.mark.parametrize("ours, theirs, low, high", [
+    (clamp.adjust_brightness, TF.adjust_brightness, 0.2, 1.8),
+    (clamp.adjust_contrast, TF.adjust_contrast, 0.2, 1.8),
+    (clamp.adjust_saturation, TF.adjust_saturation, 0.2, 1.8),
+    (clamp.adjust_hue, TF.adjust_hue, -0.5, 0.5),
+    (lambda x, s: clamp.gaussian_blur(x, s, 3), lambda x, s: TF.gaussian_blur(x, 3, s), 0.1, 2),
+    (lambda x, s: clamp.gaussian_blur(x, s, 9), lambda x, s: TF.gaussian_blur(x, 9, s), 0.1, 2),
+    (lambda x, _: clamp.solarize(x), lambda x, _: TF.solarize(x, 0.5), 0, 1),
+    (lambda x, _: clamp.luminance(x), lambda x, _: TF.rgb_to_grayscale(x), 0, 1),
+    (lambda x, _: clamp.normalize(x), lambda x, _: TF.normalize(x, clamp.MEAN, clamp.STD), 0, 1),
+])
+def test_operators_equal_torchvision(ours, theirs, low, high):
+    x = pictures()
+    parameter = torch.linspace(low, high, len(x))
+    expected = torch.stack([theirs(picture, p.item()) for picture, p in zip(x, parameter)])
+    torch.testing.assert_close(ours(x, parameter), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 16, 40])
+def test_resized_crop_equals_torchvision(size):
+    x, n = pictures(), 12
+    torch.manual_seed(0)
+    boxes, flip = clamp.draw_boxes(n, 20, 28, (0.05, 1.0)), torch.arange(n) % 2 == 0
+    boxes[0] = torch.tensor([0, 0, 20, 28])
+    boxes[1] = torch.tensor([19, 27, 1, 1])
+    crops = clamp.resized_crop(x, boxes, flip, size)
+    for picture, box, flipped, ours in zip(x, boxes, flip, crops):
+        expected = TF.resized_crop(picture, *box.int().tolist(), [size, size], antialias=True)
+        expected = TF.hflip(expected) if flipped else expected
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_views_equal_torchvision_given_the_same_parameters():
+    augment = clamp.MultiViewAugment(16, 4, blur_kernel=5, blur_p=[1.0, 0.1], solarize_p=[0, 0.6])
+    torch.manual_seed(1)
+    x, drawn = torch.stack([pictures(6, 16, 16, seed) for seed in range(4)]), augment.draw(6)
+    operators = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    views = augment.photometric(x, drawn)
+    for k in range(4):
+        for i in range(6):
+            y = x[k, i]
+            for o in drawn["order"]:
+                y = operators[o](y, drawn["jitter"][o, k, i].item())
+            if drawn["gray"][k, i]:
+                y = TF.rgb_to_grayscale(y, 3)
+            if drawn["sigma"][k, i]:
+                y = TF.gaussian_blur(y, 5, drawn["sigma"][k, i].item())
+            if drawn["solarize"][k, i]:
+                y = torch.where(y >= 0.5, 1 - y, y)
+            y = TF.normalize(y, clamp.MEAN, clamp.STD)
+            # a pixel on the threshold of solarising may fall on either side
+            different = (views[k, i] - y).abs() > 1e-4
+            assert different.float().mean() < (0.01 if drawn["solarize"][k, i] else 1e-9)
+
+
+def test_drawn_parameters_have_the_distributions_asked_for():
+    torch.manual_seed(0)
+    augment = clamp.MultiViewAugment(8, 4, blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2])
+    drawn = augment.draw(5000)
+    for key, expected in (("sigma", [1, 0.1, 1, 0.1]), ("solarize", [0, 0.2, 0, 0.2]),
+                          ("gray", [0.2] * 4)):
+        share = (drawn[key] != 0).float().mean(1)
+        torch.testing.assert_close(share, torch.tensor(expected).float(), rtol=0, atol=0.02)
+    brightness, _, _, hue = drawn["jitter"]
+    assert (brightness == 1).float().mean() == pytest.approx(0.2, abs=0.02)
+    assert ((hue == 0) == (brightness == 1)).all()
+    assert brightness.min() >= 0.2 and brightness.max() <= 1.8 and hue.abs().max() <= 0.2
+    assert len({tuple(augment.draw(1)["order"]) for _ in range(200)}) == 24
+
+
+def test_boxes_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    picture, scale = torch.zeros(3, 24, 40), (0.08, 1.0)
+    ours = clamp.draw_boxes(4000, 24, 40, scale)
+    crop = torchvision.transforms.RandomResizedCrop
+    theirs = torch.tensor([crop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
+    assert (ours[:, 0] + ours[:, 2] <= 24).all() and (ours[:, 1] + ours[:, 3] <= 40).all()
+    assert (ours >= 0).all() and (ours[:, 2:] >= 1).all()
+    for a, b in ((ours, theirs.float()), (ours.square(), theirs.float().square())):
+        torch.testing.assert_close(a.mean(0), b.mean(0), rtol=0.06, atol=0.1)
+    long = clamp.draw_boxes(50, 10, 100, (1.0, 1.0))  # nothing fits: the centre
+    assert (long == torch.tensor([0, 44, 10, 13])).all()
+
+
+def test_every_view_of_every_image_is_its_own():
+    images = (pictures(5, 32, 32)[[2, 3, 3]] * 255).byte()
+    torch.manual_seed(0)
+    views = clamp.MultiViewAugment(24, 5)(images)
+    assert views.shape == (5, 3, 3, 24, 24) and views.dtype == torch.float32
+    distances = torch.pdist(views.flatten(0, 1).flatten(1))
+    assert distances.min() > 0.1
+    plain = clamp.MultiViewAugment(32, 2, (1, 1), 0, jitter_p=0, gray_p=0, blur_p=[0])(images)
+    whole = clamp.CenterView(32)(images)
+    expected = torchvision.transforms.v2.functional.normalize(images / 255, clamp.MEAN, clamp.STD)
+    torch.testing.assert_close(whole, expected)
+    assert plain.shape == (2, 3, 3, 32, 32)
+
+
+# --------------------------------------------------------------- model, optimiser, schedule, k-NN
+
+
+@pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_backbone_has_torchvisions_keys(arch, features, stem):
+    backbone = clamp.build_backbone(arch, stem)
+    theirs = getattr(torchvision.models, arch)()
+    expected = {k for k in theirs.state_dict() if not k.startswith("fc.")}
+    assert backbone.state_dict().keys() == expected
+    assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, features)
+    if stem == "imagenet":
+        theirs.fc = torch.nn.Identity()
+        theirs.load_state_dict(backbone.state_dict())
+        x = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(theirs.eval()(x), backbone(x))
+
+
+def test_projector_follows_its_string():
+    layers = clamp.build_projector(512, "2048-256")
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU", "Linear"]
+    assert [layer.weight.shape for layer in layers if hasattr(layer, "weight")] == [
+        (2048, 512), (256, 2048)]
+
+
+def test_lars_by_hand():
+    torch.manual_seed(0)
+    weight, bias, zero = torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)
+    params = [torch.nn.Parameter(p.clone()) for p in (weight, bias, zero)]
+    optimizer = clamp.LARS(params, lr=0.5, eta=0.1, momentum=0.9, weight_decay=0.01)
+    velocity = [0, 0, 0]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        g = params[0].grad + 0.01 * weight
+        velocity[0] = 0.9 * velocity[0] + 0.1 * weight.norm() / g.norm() * g
+        velocity[1] = 0.9 * velocity[1] + params[1].grad
+        g = params[2].grad + 0.01 * zero
+        velocity[2] = 0.9 * velocity[2] + (0.1 * zero.norm() / g.norm() if zero.any() else 1) * g
+        weight, bias, zero = (p - 0.5 * v for p, v in zip((weight, bias, zero), velocity))
+        optimizer.step()
+        for p, expected in zip(params, (weight, bias, zero)):
+            torch.testing.assert_close(p.detach(), expected)
+
+
+def test_lars_without_eta_is_sgd():
+    nets = [torch.nn.Linear(3, 2, bias=False) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = clamp.LARS(nets[0].parameters(), lr=0.1, eta=0.0, weight_decay=1e-2)
+    theirs = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for _ in range(4):
+        x = torch.randn(5, 3)
+        for net, optimizer in zip(nets, (ours, theirs)):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(nets[0].weight, nets[1].weight)
+
+
+def test_schedule():
+    scale = [clamp.lr_scale(step, 10, 110) for step in range(110)]
+    assert scale[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert scale[10] == 1 and scale[60] == pytest.approx(0.5) and 0 < scale[109] < 1e-3
+    assert clamp.lr_scale(0, 0, 5) == 1
+
+
+def test_knn_equals_a_loop():
+    torch.manual_seed(0)
+    bank, labels = torch.randn(60, 4), torch.arange(60) % 3
+    bank += F.one_hot(labels, 4) * 1.5
+    queries, query_labels = bank + torch.randn(60, 4), labels
+
+    def classify(query, bank, labels):
+        cosine = [F.cosine_similarity(query, row, dim=0).item() for row in bank]
+        votes = [0.0] * 3
+        for i in sorted(range(len(bank)), key=lambda i: -cosine[i])[:5]:
+            votes[labels[i]] += math.exp(cosine[i] / 0.07)
+        return votes.index(max(votes))
+
+    correct = [classify(q, bank, labels) == y for q, y in zip(queries, query_labels)]
+    ours = clamp.knn_accuracy(bank, labels, queries, query_labels, k=5)
+    assert ours == pytest.approx(100 * sum(correct) / 60)
+    rest = [torch.arange(60) != i for i in range(60)]
+    correct = [classify(bank[i], bank[r], labels[r]) == labels[i] for i, r in enumerate(rest)]
+    assert clamp.knn_accuracy(bank, labels, k=5) == pytest.approx(100 * sum(correct) / 60)
+
+
+def test_heads_equal_separate_torch_classifiers():
+    torch.manual_seed(0)
+    steps, batch, width, classes, rates = 20, 16, 6, 4, [0.03, 0.3]
+    x, y = torch.randn(steps, batch, width), torch.randint(classes, (steps, batch))
+    ours = eval_linear.train_heads(zip(x, y), steps, rates, (width, classes), "cpu", "heads")
+    for rate, weight in zip(rates, ours):
+        head = torch.nn.Linear(width, classes, bias=False)
+        torch.nn.init.zeros_(head.weight)
+        optimizer = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(head(x[step]), y[step]).backward()
+            optimizer.step()
+            schedule.step()
+        torch.testing.assert_close(weight.T, head.weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def test_patterns_are_balanced_seeded_disjoint_grey_and_not_told_by_pixels():
+    (x, y), (again, _) = (clamp.load_data("patterns", "train") for _ in range(2))
+    test_x, test_y = clamp.load_data("patterns", "test")
+    assert x.dtype == torch.uint8 and x.shape[1:] == (3, 32, 32) and torch.equal(x, again)
+    assert (x[:, 0] == x[:, 1]).all() and (x[:, 0] == x[:, 2]).all()
+    assert len(set(y.bincount().tolist())) == 1 and len(y.bincount()) == 10
+    rows = {bytes(image.numpy().tobytes()) for image in x}
+    assert len(rows) == len(x) and not rows & {bytes(i.numpy().tobytes()) for i in test_x}
+    pixels, test_pixels = (F.pad(i[:, 0].flatten(1).double() / 255, (0, 1), value=1)
+                           for i in (x, test_x))
+    gram = pixels.T @ pixels + 10 * torch.eye(1025, dtype=torch.float64)
+    weight = torch.linalg.solve(gram, pixels.T @ F.one_hot(y).double())
+    assert ((test_pixels @ weight).argmax(1) == test_y).float().mean() < 0.45
+
+
+def write_pictures(folder, n, sizes=((32, 32),), seed=0):
+    folder.mkdir(parents=True)
+    for k in range(n):
+        width, height = sizes[k % len(sizes)]
+        x = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed + k))
+        TF.to_pil_image(x).save(folder / f"{k:03}.{'png' if k % 2 else 'jpg'}")
+
+
+def test_folders(tmp_path):
+    for part in ("train", "val"):
+        for k, name in enumerate(("ant", "bee", "cat")):
+            write_pictures(tmp_path / "small" / part / name, 4, seed=100 * k)
+    images, labels = clamp.load_data(str(tmp_path / "small"), "train")
+    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    bee = Image.open(tmp_path / "small/train/bee/001.png")
+    assert torch.equal(images[5], TF.pil_to_tensor(bee))
+    assert clamp.load_data(str(tmp_path / "small"), "test")[1].tolist() == labels.tolist()
+    files, _ = clamp.load_data(str(tmp_path / "small"), "train", resident_gb=1e-6)
+    assert [Path(f).name for f in files[:2]] == ["000.jpg", "001.png"]
+    limited, kept = clamp.load_data(str(tmp_path / "small"), "train", limit=5)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:5]
+    assert torch.equal(limited, images[order]) and torch.equal(kept, labels[order])
+
+    write_pictures(tmp_path / "mixed" / "deep", 4, ((40, 50), (70, 30)))
+    files, labels = clamp.load_data(str(tmp_path / "mixed"))
+    assert len(files) == 4 and (labels == -1).all()
+    with pytest.raises(clamp.UserError, match="no test/ or val/"):
+        clamp.load_data(str(tmp_path / "mixed"), "test")
+
+
+def test_streamed_views_come_from_the_right_picture(tmp_path):
+    for k, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        Image.new("RGB", (50 + 10 * k, 40), color).save(tmp_path / f"{k}.png")
+    files, _ = clamp.load_data(str(tmp_path))
+    augment = clamp.MultiViewAugment(16, 3, jitter_p=0, gray_p=0, blur_p=[0.0])
+    batches = torch.tensor([[2, 0], [1, 2]])
+    for workers in (0, 2):
+        views = list(clamp.view_batches(files, batches, augment, torch.device("cpu"), workers))
+        for rows, x in zip(batches, views):
+            assert x.shape == (3, 2, 3, 16, 16)
+            assert (x.mean((3, 4)).argmax(2) == rows).all()
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def run(*command, code=0):
+    """Run a script as a user would; returns its result after checking the exit status."""
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def states(folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return checkpoint["network"], checkpoint["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("data", ["patterns", "streamed"])
+def test_interrupted_run_ends_as_the_whole_one(data, tmp_path):
+    if data == "streamed":
+        write_pictures(tmp_path / "photos", 64, ((40, 50), (70, 30)))
+        data = str(tmp_path / "photos")
+
+    def train(out, stop_at=None):
+        calls = []
+
+        def loss_fn(z, radius_scale):
+            calls.append(1)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return clamp.packing_loss(z, radius_scale)
+
+        args = clamp.parse_args([*TINY, "--data", data, "--out", str(tmp_path / out)])
+        clamp.train(args, loss_fn)
+
+    train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", stop_at=5)
+    train("parts")
+    for whole, parts in zip(states(tmp_path / "whole"), states(tmp_path / "parts")):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    logs = [(tmp_path / out / "log.jsonl").read_text() for out in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
+
+
+def test_command_line_end_to_end(tmp_path):
+    out = tmp_path / "run"
+    train = ["clamp.py", *TINY, "--out", out]
+    run(*train)
+    files = {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
+    assert {file.name for file in out.iterdir()} == files
+    assert Image.open(out / "views.png").size == (2 * 34 + 2, 8 * 34 + 2)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    assert ["knn" in line for line in log] == [False, True, True]
+    assert {"loss", "radius", "neighbours", "lr"} <= log[0].keys()
+    before = (out / "checkpoint.pt").read_bytes()
+
+    assert "finished" in run(*train).stdout
+    refused = run(*train, "--lr", "0.3", code=2).stderr
+    assert "--lr is 0.3" in refused and "--fresh" in refused and refused.count("\n") == 1
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+    result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()
+    assert json.loads(result[-1]) == json.loads((out / "linear.json").read_text())
+    assert json.loads(result[-1]).keys() == {
+        "top1", "top5", "knn", "lr", "data", "n_train", "n_test", "seconds"}
+    run("eval_linear.py", out / "backbone.pt", "--epochs", "2", "--random-init")
+    assert json.loads((out / "linear-random-init.json").read_text())["n_test"] == 2000
+    assert json.loads((out / "linear.json").read_text()) == json.loads(result[-1])
+
+    assert "continuing" not in run(*train, "--lr", "0.3", "--fresh", "--epochs", "2").stdout
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert not (out / "linear.json").exists()
+
+
+def test_two_processes_train_and_evaluate(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(*torchrun, "clamp.py", *TINY, "--out", tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    results = []
+    for launch in ([], torchrun):
+        out = run(*launch, "eval_linear.py", tmp_path, "--epochs", "2", "--amp", "off").stdout
+        results.append(json.loads(out.splitlines()[-1]))
+    assert results[0]["knn"] == pytest.approx(results[1]["knn"], abs=0.2)
+    assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=1.0)
+
+
+def test_augmented_probe_learns_colours(tmp_path):
+    """Pictures of two colours, streamed and in memory, are told apart by any network's features."""
+    for part in ("train", "test"):
+        for name, color in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            folder = tmp_path / "colors" / part / name
+            folder.mkdir(parents=True)
+            for k in range(20):
+                Image.new("RGB", (32 + k % 2, 40), color).save(folder / f"{k}.png")
+    data = ["--data", tmp_path / "colors", "--limit", "32"]
+    run("clamp.py", *TINY, *data, "--out", tmp_path / "run")
+    args = eval_linear.parse_args([str(tmp_path / "run"), "--augment", "--epochs", "5"])
+    result = eval_linear.evaluate(args)
+    assert result["top1"] == 100 and result["n_train"] == 40
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--views", "1"], ["--views", "1 is not within 2"]),
+    (["--lr", "high"], ["--lr", "high"]),
+    (["--data", "no/such"], ["--data no/such", "no such folder"]),
+    (["--recipe", "imagenet1k"], ["--recipe imagenet1k", "--data"]),
+    (["--recipe", "resnet"], ["--recipe", "patterns"]),
+    (["--projector", "2048,256"], ["--projector 2048,256"]),
+    (["--blur-kernel", "4"], ["--blur-kernel 4", "odd"]),
+    (["--crop-scale", "0.9", "0.1"], ["--crop-scale"]),
+    (["--batch-size", "6000"], ["--batch-size 6000", "5000 images"]),
+    (["--epochs", "3", "--warmup-epochs", "3"], ["--warmup-epochs 3"]),
+    (["--frobnicate"], ["--frobnicate"]),
+])
+def test_bad_flags_give_one_line(flags, words, tmp_path):
+    message = run("clamp.py", "--out", tmp_path / "run", *flags, code=2).stderr
+    assert message.count("\n") == 1 and all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_files_give_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_pictures(tmp_path / "photos", 33, ((40, 50), (70, 30)))
+    (tmp_path / "photos" / "032.jpg").write_bytes(b"not a picture")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    for command, word in (
+            (["clamp.py", "--data", tmp_path / "empty"], "no pictures"),
+            (["clamp.py", *TINY, "--data", tmp_path / "photos", "--batch-size", "33"], "032.jpg"),
+            (["clamp.py", "--out", tmp_path / "old"], "checkpoint.pt"),
+            (["eval_linear.py", tmp_path / "nothing"], "nothing")):
+        out = [] if "--out" in command or command[0] != "clamp.py" else ["--out", tmp_path / "new"]
+        lines = run(*command, *out, code=2).stderr.splitlines()
+        assert word in lines[-1] and "error" in lines[-1]
+        assert not any("Traceback" in line for line in lines)
+
+
+def test_recipes_are_flags_and_help_takes_a_line_each():
+    for recipe, settings in clamp.RECIPES.items():
+        args = clamp.parse_args(["--recipe", recipe, "--data", "x"])
+        assert all(getattr(args, k) == v for k, v in settings.items() if k != "data")
+    assert clamp.parse_args(["--data", "cifar100"]).recipe == "cifar10"
+    assert clamp.parse_args(["--data", "cifar10", "--lr", "1"]).lr == 1
+    assert "(default: 8.5)" in run("clamp.py", "--recipe", "imagenet1k", "--help").stdout
+
+
+def test_readme_example_of_another_loss_trains(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    code = re.search(r"```python\n(import torch\.nn\.functional.*?)```", readme, re.S).group(1)
+    assert "clamp.train" in code
+    (tmp_path / "simclr.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
+    run(tmp_path / "simclr.py", *TINY, "--out", tmp_path / "run")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+
+
+# ------------------------------------------------------------------------------ CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_cpu():
+    z = embeddings(4, 16, 32, dtype=torch.float32)
+    a, b = z.clone().requires_grad_(), z.cuda().requires_grad_()
+    clamp.packing_loss(a)[0].backward()
+    with torch.autocast("cuda", torch.float16):
+        clamp.packing_loss(b)[0].backward()
+    torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-4, atol=1e-6)
+    augment = clamp.MultiViewAugment(16, 2, blur_p=[1.0], solarize_p=[0.0])
+    x = torch.stack([pictures(6, 16, 16, seed) for seed in range(2)])
+    drawn = augment.draw(6)
+    cuda = {k: v.cuda() if torch.is_tensor(v) else v for k, v in drawn.items()}
+    torch.testing.assert_close(augment.photometric(x.cuda(), cuda).cpu(),
+                               augment.photometric(x, drawn), rtol=0, atol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--compile"]])
+def test_cuda_trains(flags, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    run(*torchrun, "clamp.py", *TINY, *flags, "--device", "cuda", "--out", tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(math.isfinite(line["loss"]) for line in log)
