@@ -50,7 +50,7 @@ CIFAR10 = dict(
     radius_scale=7.0, views=16, batch_size=128, epochs=1000, warmup_epochs=10,
     lr=0.1, eta=1e-3, momentum=0.9, weight_decay=1e-6,
     crop_scale=[0.08, 1.0], flip_p=0.5, jitter=[0.8, 0.8, 0.8, 0.2], jitter_p=0.8, gray_p=0.2,
-    blur_kernel=3, blur_p=[0.5], solarize_p=[0.0],
+    blur_kernel=3, blur_p=[0.5], solarize_p=[0.0], knn_every=10,
 )
 IMAGENET100 = CIFAR10 | dict(
     data=None, arch="resnet50", stem="imagenet", projector="8192-8192-512", size=224,
@@ -61,15 +61,28 @@ RECIPES = {
     "cifar10": CIFAR10,
     "imagenet100": IMAGENET100,
     "imagenet1k": IMAGENET100 | dict(epochs=100, lr=1.1),
-    "patterns": CIFAR10 | dict(  # ours: two minutes on two CPU cores
-        data="patterns", stem="imagenet", views=4, batch_size=256, epochs=24, warmup_epochs=2,
-        lr=0.2, eta=0.0,
+    "patterns": CIFAR10 | dict(  # ours, two minutes on two CPU cores; also for your own folders
+        data="patterns", stem="imagenet", views=8, batch_size=32, epochs=3, warmup_epochs=1,
+        lr=1.6, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], knn_every=1,
     ),
 }
 
 # ---------------------------------------------------------------------------------------------
 # Packing loss. Needs torch alone.
 # ---------------------------------------------------------------------------------------------
+
+
+def rank_and_world():
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce(x):
+    """Sum of x over all processes; x itself where there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -82,14 +95,6 @@ class AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return all_reduce(grad)
-
-
-def all_reduce(x):
-    """Sum of x over all processes; x itself where there is one."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
 
 
 def all_gather(x):
@@ -130,7 +135,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"packing_loss takes [views >= 2, images, d], not {list(z.shape)}")
     m, b, d = z.shape
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    rank, world = rank_and_world()
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         if center:
@@ -273,6 +278,10 @@ def solarize(x):
     return torch.where(x >= 0.5, 1 - x, x)
 
 
+def normalize(x):
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size], on the images' device.
 
@@ -345,10 +354,6 @@ class MultiViewAugment:
         return normalize(x).view(shape)
 
 
-def normalize(x):
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
-
-
 # ---------------------------------------------------------------------------------------------
 # Model: a torchvision ResNet without its classifier, and a projector that is dropped afterwards.
 # ---------------------------------------------------------------------------------------------
@@ -403,7 +408,10 @@ class LARS(torch.optim.Optimizer):
                 gradient = torch.stack(torch._foreach_norm(steps))
                 ratio = (group["eta"] * weight / gradient).where((weight > 0) & (gradient > 0), 1)
                 torch._foreach_mul_(steps, ratio.unbind())
-            buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, steps)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
@@ -412,7 +420,7 @@ class LARS(torch.optim.Optimizer):
 def lr_scale(step, warmup, total):
     """Factor on the peak learning rate: linear from 0 over `warmup` steps, then a cosine to 0."""
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1, (step + 1) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -456,8 +464,10 @@ TEXTURES = {  # u, v [n, h, w]: turned coordinates in periods -> brightness, in 
 def draw_patterns(n, seed, size=32):
     """n grey textures of ten kinds in turn: images uint8 [n, 3, size, size], labels [n]."""
     generator = torch.Generator().manual_seed(seed)
+
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
     labels = torch.arange(n) % len(TEXTURES)
     side = torch.arange(size) - size / 2
     x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)
@@ -562,7 +572,8 @@ def read_picture(file):
 def decode(files, resident_gb):
     """uint8 [n, 3, H, W] of the files, or the files where sizes differ or memory is short."""
     images = None
-    for k, file in enumerate(tqdm(files, "decoding", unit="image", leave=False)):
+    bar = tqdm(files, "decoding", unit="image", leave=False, disable=rank_and_world()[0] > 0)
+    for k, file in enumerate(bar):
         picture = read_picture(file)
         if images is None:
             if picture.nbytes * len(files) > resident_gb * 2**30:
@@ -633,10 +644,6 @@ def start_processes(device="auto"):
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
 
 
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def autocast_dtype(amp, device):
     """The dtype of --amp; "auto" is bf16 where the hardware multiplies it, fp16 on older GPUs."""
     if amp == "auto" and device.type == "cuda":
@@ -698,6 +705,55 @@ def load_backbone(path, pretrained=True):
     except Exception:  # torch.load raises many kinds
         raise UserError(f"{path}: not a backbone that clamp.py wrote") from None
     return backbone, saved
+
+
+# ---------------------------------------------------------------------------------------------
+# Run folder
+# ---------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(args):
+    """The checkpoint in args.out, or None; raises UserError where its settings are others."""
+    path = Path(args.out, "checkpoint.pt")
+    if args.fresh or not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = checkpoint["settings"]
+    except Exception:  # torch.load raises many kinds
+        raise UserError(f"{path}: not a checkpoint of clamp.py; --fresh starts over") from None
+    free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
+            "knn_every"}  # what may differ
+    for name in vars(args).keys() - free:
+        if saved.get(name) != getattr(args, name):
+            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
+            raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
+                            "--fresh starts that run over, another --out keeps it")
+    return checkpoint
+
+
+def open_run(out, start):
+    """Make the run folder, with the first `start` lines of an earlier run's log and no more."""
+    out.mkdir(parents=True, exist_ok=True)
+    if start == 0:
+        for name in ("checkpoint.pt", "backbone.pt", "linear.json", "linear-random-init.json"):
+            (out / name).unlink(missing_ok=True)
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(lines[:start]))
+
+
+def save(path, content):
+    """Write all or nothing: a run killed while it writes keeps the file before."""
+    torch.save(content, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def save_views(views, path):
+    """A picture of up to 8 views [m, b, 3, s, s] of 8 images, one image a row."""
+    grid = views[:8, :8].transpose(0, 1).flatten(0, 1).cpu()
+    grid = grid * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    torchvision.utils.save_image(grid, path, nrow=min(8, len(views)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -794,7 +850,7 @@ def train(args, loss_fn=packing_loss):
                 values = [torch.as_tensor(v, device=device) for v in metrics.values()]
                 sums = sums + torch.stack(values)
                 if step % 10 == 0:  # not at every step: to read a number is to wait for the GPU
-                    shown = {name: f"{metrics[name].item():.3g}" for name in list(metrics)[:3]}
+                    shown = {name: f"{float(metrics[name]):.3g}" for name in list(metrics)[:3]}
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                     bar.set_postfix(shown, lr=f"{lr:.2g}", refresh=False)
                 bar.update(views_per_step)
@@ -809,9 +865,10 @@ def train(args, loss_fn=packing_loss):
                 features = extract_features(backbone.eval(), bank, CenterView(args.size), device,
                                             dtype, args.workers, "k-NN")
                 record["knn"] = knn_accuracy(features, labels[labelled].to(device))
-                bar.write(f"epoch {epoch + 1}: loss {record['loss']:.3f}, "
-                          f"20-NN {record['knn']:.1f} % of {len(labelled)} training images")
             if main:
+                if "knn" in record:
+                    bar.write(f"epoch {epoch + 1}: loss {record['loss']:.3f}, "
+                              f"20-NN {record['knn']:.1f} % of {len(labelled)} training images")
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(record) + "\n")
                 save(out / "backbone.pt", {
@@ -822,50 +879,6 @@ def train(args, loss_fn=packing_loss):
                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
     if main:
         print(f"finished {out}/backbone.pt; next: python eval_linear.py {out}")
-
-
-def load_checkpoint(args):
-    """The checkpoint in args.out, or None; raises UserError where its settings are others."""
-    path = Path(args.out, "checkpoint.pt")
-    if args.fresh or not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["settings"]
-    except Exception:  # torch.load raises many kinds
-        raise UserError(f"{path}: not a checkpoint of clamp.py; --fresh starts over") from None
-    free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
-            "knn_every"}  # what may differ
-    for name in vars(args).keys() - free:
-        if saved.get(name) != getattr(args, name):
-            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
-            raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
-                            "--fresh starts that run over, another --out keeps it")
-    return checkpoint
-
-
-def open_run(out, start):
-    """Make the run folder, with the first `start` lines of an earlier run's log and no more."""
-    out.mkdir(parents=True, exist_ok=True)
-    if start == 0:
-        for name in ("checkpoint.pt", "backbone.pt", "linear.json", "linear-random-init.json"):
-            (out / name).unlink(missing_ok=True)
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[:start]))
-
-
-def save(path, content):
-    """Write all or nothing: a run killed while it writes keeps the file before."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
-def save_views(views, path):
-    """A picture of up to 8 views [m, b, 3, s, s] of 8 images, one image a row."""
-    grid = views[:8, :8].transpose(0, 1).flatten(0, 1).cpu()
-    grid = grid * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    torchvision.utils.save_image(grid, path, nrow=min(8, len(views)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -923,7 +936,7 @@ def parse_args(argv=None):
     add("--views", type=number(int, 2), help="m, views of an image")
     add("--batch-size", type=count, help="b, images a step, over all processes")
     add("--epochs", type=count, help="passes over the images")
-    add("--warmup-epochs", type=number(int, 0), help="linear warm-up, then a cosine to 0")
+    add("--warmup-epochs", type=positive, help="linear warm-up, then a cosine to 0")
     add("--lr", type=positive, help="peak learning rate, times batch/256")
     add("--eta", type=positive, help="LARS trust coefficient; 0: plain SGD")
     add("--momentum", type=share, help="momentum")
@@ -943,7 +956,7 @@ def parse_args(argv=None):
         help="probability of blur; several are taken by the views in turn")
     add("--solarize-p", type=share, nargs="+", metavar="P",
         help="probability of solarising; several likewise")
-    add("--knn-every", type=count, default=10, help="epochs between k-NN read-outs")
+    add("--knn-every", type=count, help="epochs between k-NN read-outs")
     add("--compile", action="store_true", help="torch.compile the network")
     add_machine_flags(parser)
 
@@ -971,15 +984,15 @@ def parse_args(argv=None):
 
 
 def command_line(main):
-    """Run main(); a UserError ends it with one line and exit status 2."""
+    """Run main(); an error that the user can put right ends it with one line, exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last whole epoch", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()
