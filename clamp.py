@@ -108,7 +108,12 @@ def all_gather(x):
 
 def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_reach=1.5,
                  prefactor=0.25, eps_radius=1e-12, eps_energy=1e-6):
-    """Logarithm of the overlap energy of the views' ellipsoids (arXiv 2506.13717).
+    """Logarithm of the overlap energy of the views' ellipsoids (arXiv 2506.13717):
+
+        Z_i, L_i = mean and covariance of image i's views on the unit sphere
+        r_i = radius_scale * sqrt(Tr(L_i) / min(m, d) + eps_radius)
+        E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / (r_i + r_j))^2
+        loss = log(E + eps_energy)
 
     Args:
         z: embeddings [m, b, d] of m >= 2 views of b images, any float dtype. Computed in float32,
@@ -118,7 +123,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         center: subtract the mean of all embeddings before projecting onto the sphere.
         min_distance: centres closer than this do not interact (their direction is noise).
         max_reach: cap on r_i + r_j.
-        prefactor: of the sum over ordered pairs; 1/4 in the release, 1/2 in the paper.
+        prefactor: of the sum over ordered pairs; 1/4 in the release, 1/2 in the talk.
         eps_radius, eps_energy: added inside the square root and inside the logarithm.
         The defaults are the release's constants.
 
@@ -145,8 +150,8 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + eps_radius).sqrt()  # r_i
 
-        # This process's images against everyone's, which carry no gradient: the force on i needs
-        # the derivative in its own place alone, and the sum over ordered pairs has each pair twice.
+        # Rows: this process's images. Columns: everyone's, without gradient, like the ghost
+        # particles of molecular dynamics: the force on i is the derivative in i's own place.
         others = all_gather(torch.cat([centers, radii[:, None]], 1).detach())
         other_centers, other_radii = others[:, :-1], others[:, -1]
         origin = other_centers.mean(0)
@@ -155,7 +160,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         gram = x @ y.T
         squared = (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * gram).to(z.dtype)
         reach = (radii[:, None] + other_radii).clamp(max=max_reach)
-        pairs = (squared > min_distance**2) & (squared < reach.detach().square())
+        pairs = (squared > min_distance**2) & (squared < reach.square())
         pairs.diagonal(rank * b).fill_(False)  # not with itself
         distance = squared.where(pairs, 1).sqrt()  # where: no gradient through sqrt(0)
         energy = (1 - distance / reach).where(pairs, 0).square().sum()
@@ -165,8 +170,9 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
                             gram.detach().square().sum()]).to(z.dtype)
         total_energy, neighbours, with_neighbour, gram_squared = all_reduce(sums)
         total = prefactor * total_energy + eps_energy
-        forces = 2 * prefactor * world * (energy - energy.detach())  # zero: only a gradient
-        loss = total.log() + forces / total
+        # Zero, but for its gradient. 2: i is in rows and in columns; world: DDP will average.
+        surrogate = 2 * prefactor * world * (energy - energy.detach())
+        loss = total.log() + surrogate / total
         variance = y.square().sum().to(z.dtype)
         geometry = {
             "radius": other_radii.mean(),
@@ -205,8 +211,8 @@ def draw_boxes(n, height, width, scale, device=None):
 
 
 def interpolation_weights(start, length, flip, size, full):
-    """Matrices [n, size, full] that resample pixels start..start+length of `full` to `size`:
-    bilinear, antialiased, back to front where `flip`."""
+    """Resizing as a matrix [n, size, full]: pixels start..start+length of `full` become `size`,
+    bilinear and antialiased, back to front where `flip`."""
     scale = (length / size)[:, None, None]
     out = torch.arange(size, device=start.device)
     out = torch.where(flip[:, None], size - 1 - out, out)[:, :, None]
@@ -250,7 +256,8 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by `shift` [n], in turns of the colour circle (-0.5..0.5)."""
+    """Turn the hue by `shift` [n], in turns of the colour circle (-0.5..0.5); back to RGB by
+    channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + hue."""
     value, argmax = x.max(1)
     chroma = value - x.amin(1)
     r, g, b = x.unbind(1)
@@ -261,8 +268,8 @@ def adjust_hue(x, shift):
 
 
 def gaussian_blur(x, sigma, kernel):
-    """Blur with `kernel` taps at reflecting borders, standard deviation sigma [n] in pixels;
-    zero leaves the picture as it is."""
+    """Blur with `kernel` taps at reflecting borders, as a matrix for each picture; standard
+    deviation sigma [n] in pixels, zero leaves the picture as it is."""
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]).square()).softmax(1)
 
@@ -288,7 +295,8 @@ class MultiViewAugment:
     Crop, flip, colour jitter, grey, blur, solarise, normalise, as in SimCLR and BYOL. `jitter` is
     the strength of brightness, contrast, saturation and hue. `blur_p` and `solarize_p` hold one
     probability for all views, or several that the views take in turn: (1.0, 0.1) for even and odd.
-    Random numbers come from torch's default generator of the device.
+    The order of the jitter is drawn once a call. Random numbers come from torch's default
+    generators. For streamed pictures the work is divided: crop() in the loader, finish() here.
     """
 
     def __init__(self, size, views, crop_scale=(0.08, 1.0), flip_p=0.5, jitter=(0.8, 0.8, 0.8, 0.2),
@@ -296,6 +304,8 @@ class MultiViewAugment:
         self.size, self.views, self.crop_scale, self.flip_p = size, views, crop_scale, flip_p
         self.jitter, self.jitter_p, self.gray_p = jitter, jitter_p, gray_p
         self.blur_kernel, self.blur_p, self.solarize_p = blur_kernel, blur_p, solarize_p
+        self.crop_one = v2.Compose([v2.RandomResizedCrop(size, crop_scale),
+                                    v2.RandomHorizontalFlip(flip_p)])
 
     def __call__(self, images):
         b, _, height, width = images.shape
@@ -308,9 +318,7 @@ class MultiViewAugment:
 
     def crop(self, picture):
         """uint8 [3, H, W] -> uint8 crops [m, 3, size, size]: what a loader worker does."""
-        crop = v2.Compose([v2.RandomResizedCrop(self.size, self.crop_scale),
-                           v2.RandomHorizontalFlip(self.flip_p)])
-        return torch.stack([crop(picture) for _ in range(self.views)])
+        return torch.stack([self.crop_one(picture) for _ in range(self.views)])
 
     def finish(self, crops):
         """The rest, batched on their device: uint8 crops [b, m, ...] -> views [m, b, ...]."""
@@ -385,9 +393,9 @@ def build_projector(features, widths):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each tensor is scaled by eta * |weights| / |gradient|
-    (arXiv 1708.03888). Tensors with one dimension (biases, batch norm) get neither that scaling
-    nor weight decay. eta = 0 turns the scaling off for all: plain SGD."""
+    """SGD with momentum, v = momentum * v + g and w -= lr * v, where g = gradient + weight_decay *
+    w is scaled by eta * |w| / |g| for each tensor (arXiv 1708.03888). Tensors with one dimension
+    (biases, batch norm) get neither that scaling nor weight decay. eta = 0: plain SGD."""
 
     def __init__(self, params, lr, eta=1e-3, momentum=0.9, weight_decay=0.0):
         params = list(params)
@@ -418,7 +426,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def lr_scale(step, warmup, total):
-    """Factor on the peak learning rate: linear from 0 over `warmup` steps, then a cosine to 0."""
+    """Factor on the peak learning rate: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
         return min(1, (step + 1) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
@@ -496,7 +504,7 @@ def load_data(name, split="train", data_dir="data", limit=None, seed=0, resident
             a folder of pictures without labels; subfolders are searched.
         split: "train", "test", or "pretrain": train, with the unlabelled images where there are.
         limit: keep the first `limit` images of a shuffle seeded with `seed`.
-        resident_gb: images of one size that take at most this much are decoded now.
+        resident_gb: files of one size, up to 256 px, that take at most this much are decoded.
 
     Returns:
         images: uint8 [n, 3, H, W], or the list of files where they are not decoded.
@@ -550,7 +558,7 @@ def find_pictures(path, split):
             raise UserError(f"--data {path}: no test/ or val/ folder in it to evaluate on")
     walk = os.walk(root, followlinks=True)
     files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names
-                   if name.lower().endswith(IMG_EXTENSIONS))
+                   if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
     if not files:
         raise UserError(f"--data {path}: no pictures below {root} ({' '.join(IMG_EXTENSIONS)})")
     labels = torch.full((len(files),), -1)
@@ -570,13 +578,13 @@ def read_picture(file):
 
 
 def decode(files, resident_gb):
-    """uint8 [n, 3, H, W] of the files, or the files where sizes differ or memory is short."""
+    """uint8 [n, 3, H, W] of the files, or the files where they differ in size or are too large."""
     images = None
     bar = tqdm(files, "decoding", unit="image", leave=False, disable=rank_and_world()[0] > 0)
     for k, file in enumerate(bar):
         picture = read_picture(file)
         if images is None:
-            if picture.nbytes * len(files) > resident_gb * 2**30:
+            if picture.nbytes * len(files) > resident_gb * 2**30 or max(picture.shape) > 256:
                 return files
             images = picture.new_empty(len(files), *picture.shape)
         if picture.shape != images.shape[1:]:
@@ -587,7 +595,7 @@ def decode(files, resident_gb):
 
 class CenterView:
     """One normalised view, the same each time: shorter side to 8/7 size, then the centre; pictures
-    of that size stay whole. The counterpart of MultiViewAugment for evaluation."""
+    of that size stay whole. For evaluation; the same methods as MultiViewAugment, without m."""
 
     def __init__(self, size):
         self.size = size
@@ -670,7 +678,7 @@ def extract_features(backbone, images, augment, device, dtype, workers=0, desc="
     batches = share.split(512)
     views = view_batches(images, batches, augment, device, workers)
     bar = tqdm(views, desc, len(batches), unit="batch", disable=rank > 0, leave=False)
-    features = all_gather(torch.cat([embed(backbone, x, dtype) for x in bar]))  # in rank order
+    features = all_gather(torch.cat([embed(backbone, x, dtype) for x in bar]))
     return features.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]
 
 
@@ -685,7 +693,7 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
         cosine = queries[start:start + 1024] @ bank.T
         if alone:
             cosine.diagonal(start).fill_(-1)
-        cosine, nearest = cosine.topk(min(k, len(bank) - 1))
+        cosine, nearest = cosine.topk(min(k, len(bank) - alone))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
         correct += (votes.sum(1).argmax(1) == labels[start:start + 1024]).sum().item()
     return 100 * correct / len(queries)
@@ -724,7 +732,7 @@ def load_checkpoint(args):
         raise UserError(f"{path}: not a checkpoint of clamp.py; --fresh starts over") from None
     free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
             "knn_every"}  # what may differ
-    for name in vars(args).keys() - free:
+    for name in sorted(vars(args).keys() - free):
         if saved.get(name) != getattr(args, name):
             flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
             raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
@@ -773,6 +781,8 @@ def train(args, loss_fn=packing_loss):
     dtype = autocast_dtype(args.amp, device)
     rank, world = rank_and_world()
     main, out = rank == 0, Path(args.out)
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
     checkpoint = load_checkpoint(args)
     start = checkpoint["epoch"] if checkpoint else 0
     if start == args.epochs:
@@ -783,10 +793,11 @@ def train(args, loss_fn=packing_loss):
     images, labels = load_data(args.data, "pretrain", args.data_dir, args.limit, args.seed,
                                args.resident_gb)
     n, b = len(images), args.batch_size // world  # b: this process's share of a batch
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
     if args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size}: only {n} images in {args.data}; lower it")
+    if checkpoint and checkpoint["images"] != n:
+        raise UserError(f"--data {args.data}: {n} images, but {checkpoint['images']} in the run in "
+                        f"{out}/: --fresh starts that run over, another --out keeps it")
     resident = torch.is_tensor(images)
     images = images.to(device) if resident else images
     augment = MultiViewAugment(args.size, args.views, args.crop_scale, args.flip_p, args.jitter,
@@ -808,7 +819,8 @@ def train(args, loss_fn=packing_loss):
     if checkpoint:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty without fp16
+            scaler.load_state_dict(checkpoint["scaler"])
     if args.compile:
         network.compile()
     model = nn.parallel.DistributedDataParallel(network) if dist.is_initialized() else network
@@ -817,8 +829,9 @@ def train(args, loss_fn=packing_loss):
     views_per_step = args.views * args.batch_size
     if main:
         open_run(out, start)
-        print(f"{args.data}: {n} images {'in memory' if resident else 'streamed'}, "
-              f"{args.views} views of {args.size} px; {args.arch}, {args.stem} stem; "
+        print(f"recipe {args.recipe}, {args.data}: {n} images "
+              f"{'in memory' if resident else 'streamed'}, {args.views} views of {args.size} px; "
+              f"{args.arch}, {args.stem} stem; "
               f"{world} x {device.type}, {str(dtype)[6:]}; "
               f"{f'continuing after epoch {start} in' if start else 'writing'} {out}/", flush=True)
     with tqdm(total=args.epochs * steps * views_per_step, initial=start * steps * views_per_step,
@@ -856,9 +869,9 @@ def train(args, loss_fn=packing_loss):
                 bar.update(views_per_step)
 
             record = {"epoch": epoch + 1, **dict(zip(metrics, (sums / steps).tolist())), "lr": lr}
-            if not math.isfinite(record["loss"]):
-                raise UserError(f"the loss became {record['loss']} in epoch {epoch + 1}: lower "
-                                f"--lr, or --amp off; {out}/ keeps the epoch before")
+            if not all(map(math.isfinite, record.values())):
+                raise UserError(f"epoch {epoch + 1} gave numbers that are not finite: lower --lr, "
+                                f"or --amp off; {out}/ keeps the epoch before")
             last = epoch + 1 == args.epochs
             if len(labelled) > 1 and (last or (epoch + 1) % args.knn_every == 0):
                 bank = images[labelled.to(device)] if resident else [images[i] for i in labelled]
@@ -875,8 +888,9 @@ def train(args, loss_fn=packing_loss):
                     "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
                     "mean": MEAN, "std": STD, "backbone": backbone.state_dict()})
                 save(out / "checkpoint.pt", {
-                    "epoch": epoch + 1, "settings": vars(args), "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                    "epoch": epoch + 1, "images": n, "settings": vars(args),
+                    "network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict()})
     if main:
         print(f"finished {out}/backbone.pt; next: python eval_linear.py {out}")
 
@@ -916,7 +930,7 @@ def add_machine_flags(parser):
     add("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
         help="loader processes for streamed pictures")
     add("--resident-gb", type=number(float, 0), default=4.0,
-        help="keep images of one size in memory up to this, stream the rest")
+        help="keep images of one size, up to 256 px, in memory up to this; stream others")
     add("--data-dir", default="data", help="where downloads are kept")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
 
@@ -927,16 +941,18 @@ def parse_args(argv=None):
     parser = Parser("clamp.py", add_help=False,
                     description="Train CLAMP. --recipe NAME --help shows that recipe's defaults.")
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="settings that the flags override")
+    add("--recipe", choices=RECIPES,
+        help="settings that flags override; default: as --data, cifar10 for its kin, else patterns")
     add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=count, help="use the first LIMIT images of a seeded shuffle")
     add("--out", help="run folder (default: runs/<data>)", default=argparse.SUPPRESS)
     add("--fresh", action="store_true", help="start the run in --out over")
-    add("--radius-scale", type=positive, help="r_s, reach of an ellipsoid over its cloud's size")
+    add("--radius-scale", type=number(float, 1e-3), help="r_s, size of the ellipsoids")
     add("--views", type=number(int, 2), help="m, views of an image")
     add("--batch-size", type=count, help="b, images a step, over all processes")
     add("--epochs", type=count, help="passes over the images")
-    add("--warmup-epochs", type=positive, help="linear warm-up, then a cosine to 0")
+    add("--warmup-epochs", type=positive,
+        help="linear warm-up, then a cosine to 0; by default at most a third of --epochs")
     add("--lr", type=positive, help="peak learning rate, times batch/256")
     add("--eta", type=positive, help="LARS trust coefficient; 0: plain SGD")
     add("--momentum", type=share, help="momentum")
@@ -960,10 +976,13 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the network")
     add_machine_flags(parser)
 
-    known, _ = parser.parse_known_args(argv)
+    known, _ = parser.parse_known_args(argv)  # first for the recipe, then with its defaults
     alike = {"cifar100": "cifar10", "stl10": "cifar10"}.get(known.data, known.data)
     recipe = known.recipe or (alike if alike in RECIPES else "patterns")
-    parser.set_defaults(recipe=recipe, **RECIPES[recipe])
+    defaults = dict(RECIPES[recipe], recipe=recipe)
+    third = (known.epochs or defaults["epochs"]) / 3
+    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], third)
+    parser.set_defaults(**defaults)
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
 

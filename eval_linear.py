@@ -59,13 +59,16 @@ def evaluate(args):
     device = clamp.start_processes(args.device)
     rank, world = clamp.rank_and_world()
     dtype = clamp.autocast_dtype(args.amp, device)
+    torch.manual_seed(args.seed)  # the same random network on all processes
     backbone, trained = clamp.load_backbone(args.run, pretrained=not args.random_init)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
     data, size = args.data or trained["data"], trained["size"]
 
     def load(split):
         """Images, labels and features [n, f] of the unaugmented images."""
-        images, labels = clamp.load_data(data, split, args.data_dir, resident_gb=args.resident_gb)
+        images, labels = clamp.load_data(data, split, args.data_dir,
+                                         args.limit if split == "train" else None, args.seed,
+                                         args.resident_gb)
         if labels.min() < 0:
             raise clamp.UserError(f"--data {data}: a probe needs labels, and {split}/ has pictures "
                                   "outside of the class folders of train/")
@@ -88,7 +91,7 @@ def evaluate(args):
         return clamp.embed(backbone, views[0], dtype)
 
     def fit(indices, rates, desc):
-        batch = min(args.batch_size, len(indices)) // world
+        batch = max(1, min(args.batch_size, len(indices)) // world)
         steps = len(indices) // (batch * world)
 
         def batches():
@@ -106,7 +109,7 @@ def evaluate(args):
 
     torch.manual_seed(args.seed + rank)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed))
-    kept, held_out = order[n // 10:], order[:n // 10].to(device)
+    held_out, kept = order[:-(-n // 10)].to(device), order[-(-n // 10):]  # a tenth, and the rest
     x, y = standardise(features[held_out]), labels[held_out]
     sweep = [accuracy(x, y, w) for w in fit(kept, args.lr, "learning rates")]
     lr = args.lr[sweep.index(max(sweep))]
@@ -135,6 +138,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
+    add("--limit", type=count, help="train on the first LIMIT images of a seeded shuffle")
     add("--augment", action="store_true", help="train on random crops and flips, as published")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--lr", type=positive, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3],

@@ -107,13 +107,13 @@ def test_gradients_are_finite(case):
 
 def test_close_centres_in_float32_have_the_gradient_of_float64():
     z = embeddings(4, 16, 32, noise=0.05)
-    z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * embeddings(1, 1, 32, seed=1)[:, 0]
+    z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * embeddings(1, 1, 32, noise=0, seed=1)[:, 0]
     grads = []
     for dtype in (torch.float64, torch.float32):
         x = z.detach().clone().to(dtype).requires_grad_()
         clamp.packing_loss(x)[0].backward()
         grads.append(x.grad.double())
-    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[0].abs().max().item())
+    assert grads[0].any() and (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
 
 def test_loss_is_invariant():
