@@ -521,6 +521,19 @@ def test_interrupted_run_ends_as_the_whole_one(data, tmp_path):
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
 
 
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
+    calls = []
+
+    def loss_fn(z, radius_scale):
+        calls.append(1)
+        return z.square().mean() * (math.nan if len(calls) == 5 else 1), {"calls": len(calls)}
+
+    args = clamp.parse_args([*TINY, "--out", str(tmp_path)])
+    with pytest.raises(clamp.UserError, match="epoch 2 .* not finite"):
+        clamp.train(args, loss_fn)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
 def test_command_line_end_to_end(tmp_path):
     out = tmp_path / "run"
     train = ["clamp.py", *TINY, "--out", out]
@@ -533,18 +546,25 @@ def test_command_line_end_to_end(tmp_path):
     assert ["knn" in line for line in log] == [False, True, True]
     assert {"loss", "radius", "neighbours", "lr"} <= log[0].keys()
     before = (out / "checkpoint.pt").read_bytes()
+    network = torchvision.models.resnet18()
+    saved = torch.load(out / "backbone.pt")["backbone"]
+    assert network.load_state_dict(saved, strict=False).missing_keys == ["fc.weight", "fc.bias"]
 
     assert "finished" in run(*train).stdout
     refused = run(*train, "--lr", "0.3", code=2).stderr
     assert "--lr is 0.3" in refused and "--fresh" in refused and refused.count("\n") == 1
     assert (out / "checkpoint.pt").read_bytes() == before
 
-    result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()
+    floors, result = [], run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()
     assert json.loads(result[-1]) == json.loads((out / "linear.json").read_text())
     assert json.loads(result[-1]).keys() == {
         "top1", "top5", "knn", "lr", "data", "n_train", "n_test", "seconds"}
-    run("eval_linear.py", out / "backbone.pt", "--epochs", "2", "--random-init")
-    assert json.loads((out / "linear-random-init.json").read_text())["n_test"] == 2000
+    for _ in range(2):
+        flags = ["--epochs", "2", "--random-init", "--limit", "500"]
+        run("eval_linear.py", out / "backbone.pt", *flags)
+        floor = json.loads((out / "linear-random-init.json").read_text())
+        floors.append(floor["knn"])
+    assert floor["n_train"] == 500 and floor["n_test"] == 2000 and floors[0] == floors[1]
     assert json.loads((out / "linear.json").read_text()) == json.loads(result[-1])
 
     assert "continuing" not in run(*train, "--lr", "0.3", "--fresh", "--epochs", "2").stdout
