@@ -483,7 +483,8 @@ def test_streamed_views_come_from_the_right_picture(tmp_path):
 
 def run(*command, code=0):
     """Run a script as a user would; returns its result after checking the exit status."""
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
