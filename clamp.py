@@ -26,7 +26,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -35,8 +37,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -186,8 +189,8 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 
 # ---------------------------------------------------------------------------------------------
 # Augmentation. Batched on the images' device; every view of every image draws its own parameters.
-# The operators take float [n, 3, h, w] in 0..1 and one parameter a picture [n], and agree with
-# torchvision.transforms.functional on each picture to 1e-5.
+# The operators take float [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], and agree
+# with torchvision.transforms.functional on each picture to 1e-5.
 # ---------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's networks
@@ -235,43 +238,39 @@ def resized_crop(x, boxes, flip, size):
                      interpolation_weights(left, width, flip, size, x.shape[3]))
 
 
-def blend(x, other, factor):
-    return other.lerp(x, factor.view(-1, 1, 1, 1)).clamp(0, 1)
-
-
 def luminance(x):
     return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def adjust_brightness(x, factor):
-    return (x * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+    return (x * factor).clamp(0, 1)
 
 
 def adjust_contrast(x, factor):
-    return blend(x, luminance(x).mean((1, 2, 3), keepdim=True), factor)
+    return luminance(x).mean((1, 2, 3), keepdim=True).lerp(x, factor).clamp(0, 1)
 
 
 def adjust_saturation(x, factor):
-    return blend(x, luminance(x), factor)
+    return luminance(x).lerp(x, factor).clamp(0, 1)
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by `shift` [n], in turns of the colour circle (-0.5..0.5); back to RGB by
+    """Turn the hue by `shift`, in turns of the colour circle (-0.5..0.5); back to RGB by
     channel = value - chroma * clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + hue."""
-    value, argmax = x.max(1)
-    chroma = value - x.amin(1)
-    r, g, b = x.unbind(1)
-    sector = torch.stack([g - b, b - r, r - g], 1).gather(1, argmax[:, None])[:, 0]
-    hue = 2 * argmax + sector / chroma.where(chroma > 0, 1) + 6 * shift.view(-1, 1, 1)  # sixths
-    k = (hue[:, None] + hue.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    value, argmax = x.max(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    sector = torch.cat([g - b, b - r, r - g], 1).gather(1, argmax)
+    hue = 2 * argmax + sector / chroma.where(chroma > 0, 1) + 6 * shift  # in sixths of a turn
+    k = (hue + hue.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(x, sigma, kernel):
     """Blur with `kernel` taps at reflecting borders, as a matrix for each picture; standard
-    deviation sigma [n] in pixels, zero leaves the picture as it is."""
+    deviation sigma in pixels, zero leaves the picture as it is."""
     taps = torch.arange(kernel, device=x.device) - kernel // 2
-    weights = (-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]).square()).softmax(1)
+    weights = (-0.5 * (taps / sigma.view(-1, 1).clamp(min=1e-3)).square()).softmax(1)
 
     def matrix(size):
         source = torch.arange(size, device=x.device)[:, None] + taps
@@ -279,10 +278,6 @@ def gaussian_blur(x, sigma, kernel):
         return (weights @ F.one_hot(source.T, size).to(x.dtype).flatten(1)).view(-1, size, size)
 
     return separable(x, matrix(x.shape[2]), matrix(x.shape[3]))
-
-
-def solarize(x):
-    return torch.where(x >= 0.5, 1 - x, x)
 
 
 def normalize(x):
@@ -296,7 +291,9 @@ class MultiViewAugment:
     the strength of brightness, contrast, saturation and hue. `blur_p` and `solarize_p` hold one
     probability for all views, or several that the views take in turn: (1.0, 0.1) for even and odd.
     The order of the jitter is drawn once a call. Random numbers come from torch's default
-    generators. For streamed pictures the work is divided: crop() in the loader, finish() here.
+    generators. With torch.distributed every process passes its own b images and draws for the
+    whole batch: seeded alike, N processes make the views that one would. For streamed pictures the
+    work is divided: crop() in the loader, finish() here.
     """
 
     def __init__(self, size, views, crop_scale=(0.08, 1.0), flip_p=0.5, jitter=(0.8, 0.8, 0.8, 0.2),
@@ -309,12 +306,12 @@ class MultiViewAugment:
 
     def __call__(self, images):
         b, _, height, width = images.shape
-        n, device = self.views * b, images.device
-        boxes = draw_boxes(n, height, width, self.crop_scale, device)
-        flip = torch.rand(n, device=device) < self.flip_p
+        n = self.views * b * rank_and_world()[1]
+        boxes = self.own(draw_boxes(n, height, width, self.crop_scale, images.device))
+        flip = self.own(torch.rand(n, device=images.device) < self.flip_p)
         pictures = (images / 255).repeat(self.views, 1, 1, 1)
-        crops = resized_crop(pictures, boxes, flip, self.size).unflatten(0, (self.views, b))
-        return self.photometric(crops, self.draw(b, device))
+        crops = resized_crop(pictures, boxes.flatten(0, 1), flip.flatten(), self.size)
+        return self.photometric(crops.unflatten(0, (self.views, b)), self.draw(b, images.device))
 
     def crop(self, picture):
         """uint8 [3, H, W] -> uint8 crops [m, 3, size, size]: what a loader worker does."""
@@ -325,15 +322,21 @@ class MultiViewAugment:
         crops = crops.transpose(0, 1) / 255
         return self.photometric(crops, self.draw(crops.shape[1], crops.device))
 
+    def own(self, drawn):
+        """This process's part [m, b, ...] of what was drawn for all, [m * world * b, ...]."""
+        rank, world = rank_and_world()
+        return drawn.unflatten(0, (self.views, world, -1))[:, rank]
+
     def draw(self, b, device=None):
         """Photometric parameters of m views of b images: a dict of [m, b] tensors, but jitter
         [4, m, b] and order, a permutation of the four that the whole batch shares."""
-        def chance(p):  # p: one probability, or several that the views take in turn
-            p = torch.tensor([p[k % len(p)] for k in range(self.views)], device=device)
-            return torch.rand(self.views, b, device=device) < p[:, None]
-
         def uniform(low, high):
-            return torch.empty(self.views, b, device=device).uniform_(low, high)
+            n = self.views * b * rank_and_world()[1]
+            return self.own(torch.empty(n, device=device).uniform_(low, high))
+
+        def chance(p):  # p: one probability, or several that the views take in turn
+            p = [p[k % len(p)] for k in range(self.views)]
+            return uniform(0, 1) < torch.tensor(p, device=device)[:, None]
 
         jittered = chance([self.jitter_p])
         factors = [uniform(max(0, 1 - s), 1 + s).where(jittered, 1) for s in self.jitter[:3]]
@@ -348,18 +351,21 @@ class MultiViewAugment:
 
     def photometric(self, crops, drawn):
         """Colours, blur and normalisation of crops in 0..1 [m, b, 3, size, size], as drawn."""
-        x, shape = crops.flatten(0, 1), crops.shape
+        def each(parameter):
+            return parameter.reshape(-1, 1, 1, 1)
+
+        x = crops.flatten(0, 1)
         adjust = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
         for k in drawn["order"]:
             if self.jitter_p and self.jitter[k]:
-                x = adjust[k](x, drawn["jitter"][k].flatten())
+                x = adjust[k](x, each(drawn["jitter"][k]))
         if self.gray_p:
-            x = torch.where(drawn["gray"].view(-1, 1, 1, 1), luminance(x), x)
+            x = torch.where(each(drawn["gray"]), luminance(x), x)
         if any(self.blur_p):
-            x = gaussian_blur(x, drawn["sigma"].flatten(), self.blur_kernel)
+            x = gaussian_blur(x, each(drawn["sigma"]), self.blur_kernel)
         if any(self.solarize_p):
-            x = torch.where(drawn["solarize"].view(-1, 1, 1, 1), solarize(x), x)
-        return normalize(x).view(shape)
+            x = torch.where(each(drawn["solarize"]) & (x >= 0.5), 1 - x, x)
+        return normalize(x).view(crops.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -392,37 +398,26 @@ def build_projector(features, widths):
 # ---------------------------------------------------------------------------------------------
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum, v = momentum * v + g and w -= lr * v, where g = gradient + weight_decay *
-    w is scaled by eta * |w| / |g| for each tensor (arXiv 1708.03888). Tensors with one dimension
-    (biases, batch norm) get neither that scaling nor weight decay. eta = 0: plain SGD."""
+class LARS(torch.optim.SGD):
+    """SGD with momentum that first scales the gradient, with weight decay, of each tensor by
+    eta * |w| / |g| (arXiv 1708.03888). Tensors of one dimension (biases, batch norm) get neither
+    scaling nor decay. eta = 0: plain SGD."""
 
     def __init__(self, params, lr, eta=1e-3, momentum=0.9, weight_decay=0.0):
-        params = list(params)
-        groups = [dict(params=[p for p in params if p.ndim > 1]),
-                  dict(params=[p for p in params if p.ndim <= 1], eta=0.0, weight_decay=0.0)]
-        super().__init__(groups, dict(lr=lr, eta=eta, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, lr, momentum)
+        self.eta, self.decay = eta, weight_decay
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            if group["eta"]:
-                weight = torch.stack(torch._foreach_norm(params))
-                gradient = torch.stack(torch._foreach_norm(steps))
-                ratio = (group["eta"] * weight / gradient).where((weight > 0) & (gradient > 0), 1)
-                torch._foreach_mul_(steps, ratio.unbind())
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, steps)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        weights = [p for group in self.param_groups for p in group["params"]
+                   if p.ndim > 1 and p.grad is not None]
+        grads = [p.grad for p in weights]
+        torch._foreach_add_(grads, weights, alpha=self.decay)
+        if self.eta:
+            w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads))
+            ratio = (self.eta * w / g).where((w > 0) & (g > 0), 1)
+            torch._foreach_mul_(grads, ratio.unbind())
+        super().step()
 
 
 def lr_scale(step, warmup, total):
@@ -433,7 +428,7 @@ def lr_scale(step, warmup, total):
 
 
 # ---------------------------------------------------------------------------------------------
-# Data: uint8 images [n, 3, h, w] where they fit, otherwise a list of files; labels, or -1.
+# Data: decoded once where it fits in memory, otherwise streamed from its files.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -441,18 +436,24 @@ class UserError(Exception):
     """Something that the user can put right; the message says how."""
 
 
+@dataclass
+class Data:
+    images: torch.Tensor | list  # uint8 [n, 3, H, W], or the n files to stream
+    labels: torch.Tensor  # int64 [n]; -1 where there is none
+    unreadable: set = field(default_factory=set)  # files that could not be decoded
+
+    @property
+    def resident(self):
+        return torch.is_tensor(self.images)
+
+
 def wave(t):
     return torch.cos(2 * math.pi * t)
 
 
-def line(t, width=0.15):
+def line(t):
     """1 near whole numbers, 0 between."""
-    return ((width - (t - t.round()).abs()) * 16).sigmoid()
-
-
-def honeycomb(u, v):
-    three = wave(u) + wave(u / 2 + v * 0.75**0.5) + wave(u / 2 - v * 0.75**0.5)
-    return ((-0.6 - three) * 4).sigmoid()
+    return (2.4 - 16 * (t - t.round()).abs()).sigmoid()
 
 
 TEXTURES = {  # u, v [n, h, w]: turned coordinates in periods -> brightness, in any range
@@ -463,7 +464,7 @@ TEXTURES = {  # u, v [n, h, w]: turned coordinates in periods -> brightness, in 
     "rings": lambda u, v: wave(torch.hypot(u, v)),
     "zigzag": lambda u, v: wave(u + (v - v.round()).abs()),
     "rays": lambda u, v: torch.cos(8 * torch.atan2(v, u)),
-    "hexagons": honeycomb,
+    "hexagons": lambda u, v: (-2.4 - 4 * wave(u) - 8 * wave(u / 2) * wave(0.75**0.5 * v)).sigmoid(),
     "bricks": lambda u, v: torch.maximum(line(u), line(v / 2 + 0.5 * (u.floor() % 2))),
     "spiral": lambda u, v: torch.cos(math.pi * torch.hypot(u, v) + 4 * torch.atan2(v, u)),
 }
@@ -506,11 +507,7 @@ def load_data(name, split="train", data_dir="data", limit=None, seed=0, resident
         limit: keep the first `limit` images of a shuffle seeded with `seed`.
         resident_gb: files of one size, up to 256 px, that take at most this much are decoded.
 
-    Returns:
-        images: uint8 [n, 3, H, W], or the list of files where they are not decoded.
-        labels: int64 [n]; -1 where there is none.
-
-    Raises UserError where there is nothing to read.
+    Returns Data. Raises UserError where there is nothing to read.
     """
     if name == "patterns":
         images, labels = draw_patterns(*((2000, 1) if split == "test" else (5000, 0)))
@@ -522,7 +519,7 @@ def load_data(name, split="train", data_dir="data", limit=None, seed=0, resident
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
-    return (images if torch.is_tensor(images) else decode(images, resident_gb)), labels
+    return Data(images, labels) if torch.is_tensor(images) else decode(images, labels, resident_gb)
 
 
 def download(name, split, root):
@@ -570,27 +567,41 @@ def find_pictures(path, split):
 
 
 def read_picture(file):
-    """uint8 [3, H, W]"""
+    """uint8 RGB [3, H, W], whatever the file's mode; None where it cannot be decoded."""
     try:
-        return v2.functional.pil_to_tensor(default_loader(file))
-    except Exception as error:  # Pillow raises many kinds
-        raise UserError(f"{file}: not a readable picture ({error}); mend or remove it") from None
+        with Image.open(file) as picture:
+            if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
+                picture = picture.point(lambda value: value / 256)
+            return v2.functional.pil_to_tensor(picture.convert("RGB"))
+    except Exception:  # Pillow raises many kinds
+        return None
 
 
-def decode(files, resident_gb):
-    """uint8 [n, 3, H, W] of the files, or the files where they differ in size or are too large."""
-    images = None
+def report_unreadable(files):
+    for file in sorted(files) if rank_and_world()[0] == 0 else ():
+        tqdm.write(f"{file}: cannot be decoded, left out", file=sys.stderr)
+
+
+def decode(files, labels, resident_gb):
+    """Data of the files: to be streamed where they differ in size or are too large."""
+    images, kept, unreadable = None, [], set()
     bar = tqdm(files, "decoding", unit="image", leave=False, disable=rank_and_world()[0] > 0)
     for k, file in enumerate(bar):
         picture = read_picture(file)
+        if picture is None:
+            unreadable.add(file)
+            continue
         if images is None:
-            if picture.nbytes * len(files) > resident_gb * 2**30 or max(picture.shape) > 256:
-                return files
-            images = picture.new_empty(len(files), *picture.shape)
-        if picture.shape != images.shape[1:]:
-            return files
-        images[k] = picture
-    return images
+            fits = picture.nbytes * len(files) <= resident_gb * 2**30 and max(picture.shape) <= 256
+            images = picture.new_empty(len(files), *picture.shape) if fits else files
+        if not torch.is_tensor(images) or picture.shape != images.shape[1:]:
+            return Data(files, labels)
+        images[len(kept)] = picture
+        kept.append(k)
+    if not kept:
+        raise UserError(f"--data: none of {len(files)} pictures such as {files[0]} can be decoded")
+    report_unreadable(unreadable)
+    return Data(images[:len(kept)], labels[kept], unreadable)
 
 
 class CenterView:
@@ -613,22 +624,42 @@ class CenterView:
         return normalize(crops / 255)
 
 
-def crop_pictures(files, augment):
-    return torch.stack([augment.crop(read_picture(file)) for file in files])
+def crop_files(rows, files, crop, seed):
+    """In a loader worker: crops of the files in `rows`, drawn from the seed and the file's number,
+    whichever process does it. The next file stands in for one that cannot be decoded."""
+    crops, unreadable = [], set()
+    with torch.random.fork_rng(devices=[]):
+        for row in rows:
+            torch.manual_seed((seed << 32) + row)
+            while (picture := read_picture(files[row])) is None:
+                unreadable.add(files[row])
+                row = (row + 1) % len(files)
+            crops.append(crop(picture))
+    return torch.stack(crops), unreadable
 
 
-def view_batches(images, batches, augment, device, workers=0):
+def view_batches(data, batches, augment, device, workers=0, seed=0):
     """Yield augment's views of the images in each row of `batches` (indices [steps, b]). Images in
-    memory are augmented on their device; files are decoded once and cropped by loader workers."""
-    if torch.is_tensor(images):
+    memory are augmented on their device; files are decoded once and cropped by loader workers,
+    and those that cannot be decoded are reported after the last batch."""
+    if data.resident:
         for rows in batches:
-            yield augment(images[rows.to(images.device)])
-    else:
-        loader = torch.utils.data.DataLoader(
-            images, batch_sampler=[rows.tolist() for rows in batches], num_workers=workers,
-            collate_fn=partial(crop_pictures, augment=augment), pin_memory=device.type == "cuda")
-        for crops in loader:
-            yield augment.finish(crops.to(device, non_blocking=True))
+            yield augment(data.images[rows.to(data.images.device)])
+        return
+    loader = torch.utils.data.DataLoader(
+        range(len(data.images)), batch_sampler=[rows.tolist() for rows in batches],
+        num_workers=workers, pin_memory=device.type == "cuda",
+        collate_fn=partial(crop_files, files=data.images, crop=augment.crop, seed=seed))
+    found = set()
+    for crops, unreadable in loader:
+        yield augment.finish(crops.to(device, non_blocking=True))
+        found |= unreadable
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, found)
+        found = set().union(*everyones)
+    report_unreadable(found - data.unreadable)
+    data.unreadable |= found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -658,6 +689,8 @@ def autocast_dtype(amp, device):
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif amp == "auto":
         amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+    if amp == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise UserError("--amp fp16: this CPU does not multiply it; use bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
@@ -669,17 +702,19 @@ def embed(network, x, dtype):
 
 
 @torch.no_grad()
-def extract_features(backbone, images, augment, device, dtype, workers=0, desc="features"):
-    """Features float32 [n, f] of one view of each image, by the backbone in eval mode. The images
-    are divided among the processes; each returns all features."""
+def extract_features(backbone, data, rows, size, device, dtype, workers=0, desc="features"):
+    """Features float32 [n, f] of the images `rows` [n] by the backbone in eval mode, and the rows
+    that could be read. The images are divided among processes; each returns all features."""
     rank, world = rank_and_world()
-    n = len(images)
-    share = torch.arange(-(-n // world) * world).view(-1, world)[:, rank] % n
+    n = len(rows)
+    share = rows[torch.arange(-(-n // world) * world).view(-1, world)[:, rank] % n]
     batches = share.split(512)
-    views = view_batches(images, batches, augment, device, workers)
+    views = view_batches(data, batches, CenterView(size), device, workers)
     bar = tqdm(views, desc, len(batches), unit="batch", disable=rank > 0, leave=False)
     features = all_gather(torch.cat([embed(backbone, x, dtype) for x in bar]))
-    return features.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]
+    features = features.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]
+    read = torch.tensor([data.resident or data.images[row] not in data.unreadable for row in rows])
+    return features[read.to(device)], rows[read]
 
 
 def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
@@ -699,37 +734,28 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
     return 100 * correct / len(queries)
 
 
-def load_backbone(path, pretrained=True):
-    """The backbone of a run folder or a backbone.pt, and what the file says of it: arch, stem,
-    size, data. Raises UserError where there is none."""
-    path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        backbone = build_backbone(saved["arch"], saved["stem"])
-        if pretrained:
-            backbone.load_state_dict(saved["backbone"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
-    except Exception:  # torch.load raises many kinds
-        raise UserError(f"{path}: not a backbone that clamp.py wrote") from None
-    return backbone, saved
+# ---------------------------------------------------------------------------------------------
+# Run folder
+# ---------------------------------------------------------------------------------------------
 
 
 # ---------------------------------------------------------------------------------------------
-# Run folder
+# Training
 # ---------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(args):
     """The checkpoint in args.out, or None; raises UserError where its settings are others."""
     path = Path(args.out, "checkpoint.pt")
-    if args.fresh or not path.exists():
+    fresh = args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if fresh or not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many kinds
-        raise UserError(f"{path}: not a checkpoint of clamp.py; --fresh starts over") from None
+        raise UserError(f"{path}: not a checkpoint of clamp.py, or a damaged one; --fresh starts "
+                        "over, another --out keeps it") from None
     free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
             "knn_every"}  # what may differ
     for name in sorted(vars(args).keys() - free):
@@ -740,21 +766,19 @@ def load_checkpoint(args):
     return checkpoint
 
 
-def open_run(out, start):
-    """Make the run folder, with the first `start` lines of an earlier run's log and no more."""
-    out.mkdir(parents=True, exist_ok=True)
-    if start == 0:
-        for name in ("checkpoint.pt", "backbone.pt", "linear.json", "linear-random-init.json"):
-            (out / name).unlink(missing_ok=True)
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[:start]))
-
-
 def save(path, content):
-    """Write all or nothing: a run killed while it writes keeps the file before."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); the epoch before is kept: make room "
+                        "and give the same command again") from None
 
 
 def save_views(views, path):
@@ -764,18 +788,14 @@ def save_views(views, path):
     torchvision.utils.save_image(grid, path, nrow=min(8, len(views)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
-
 def train(args, loss_fn=packing_loss):
     """Train as args (from parse_args) say and write the run folder args.out.
 
     loss_fn(z, radius_scale) -> (loss, geometry): z float32 [m, b, d], this process's images;
     geometry, a dict of scalars to show and log, may be empty.
 
-    Raises UserError where the data or an earlier run in args.out do not fit.
+    Raises UserError where the data or an earlier run in args.out do not fit, where the run
+    diverges and where it cannot be saved.
     """
     device = start_processes(args.device)
     dtype = autocast_dtype(args.amp, device)
@@ -790,21 +810,20 @@ def train(args, loss_fn=packing_loss):
             print(f"{out}/ is finished ({start} epochs); --fresh trains anew, --out elsewhere")
         return
 
-    images, labels = load_data(args.data, "pretrain", args.data_dir, args.limit, args.seed,
-                               args.resident_gb)
-    n, b = len(images), args.batch_size // world  # b: this process's share of a batch
+    data = load_data(args.data, "pretrain", args.data_dir, args.limit, args.seed, args.resident_gb)
+    n = len(data.images)
     if args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size}: only {n} images in {args.data}; lower it")
     if checkpoint and checkpoint["images"] != n:
         raise UserError(f"--data {args.data}: {n} images, but {checkpoint['images']} in the run in "
                         f"{out}/: --fresh starts that run over, another --out keeps it")
-    resident = torch.is_tensor(images)
-    images = images.to(device) if resident else images
+    if data.resident:
+        data.images = data.images.to(device)
     augment = MultiViewAugment(args.size, args.views, args.crop_scale, args.flip_p, args.jitter,
                                args.jitter_p, args.gray_p, args.blur_kernel, args.blur_p,
                                args.solarize_p)
     shuffle = torch.Generator().manual_seed(args.seed)
-    labelled = (labels >= 0).nonzero()[:, 0]  # labels are for the k-NN read-out alone
+    labelled = (data.labels >= 0).nonzero()[:, 0]  # labels are for the k-NN read-out alone
     labelled = labelled[torch.randperm(len(labelled), generator=shuffle)[:5000]]
 
     torch.manual_seed(args.seed)
@@ -814,9 +833,12 @@ def train(args, loss_fn=packing_loss):
     if device.type == "cuda" and world > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = LARS(network.parameters(), args.lr, args.eta, args.momentum, args.weight_decay)
+    weights = list(network.parameters())
+    optimizer = LARS(weights, args.lr, args.eta, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    log = []
     if checkpoint:
+        log = checkpoint["log"]
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty without fp16
@@ -828,24 +850,26 @@ def train(args, loss_fn=packing_loss):
     steps = n // args.batch_size
     views_per_step = args.views * args.batch_size
     if main:
-        open_run(out, start)
+        out.mkdir(parents=True, exist_ok=True)
+        for old in () if checkpoint else ("checkpoint.pt", "backbone.pt", "linear.json",
+                                          "linear-random-init.json", "log.jsonl"):
+            (out / old).unlink(missing_ok=True)
         print(f"recipe {args.recipe}, {args.data}: {n} images "
-              f"{'in memory' if resident else 'streamed'}, {args.views} views of {args.size} px; "
-              f"{args.arch}, {args.stem} stem; "
-              f"{world} x {device.type}, {str(dtype)[6:]}; "
+              f"{'in memory' if data.resident else 'streamed'}, {args.views} views of {args.size} "
+              f"px; {args.arch}, {args.stem} stem; {world} x {device.type}, {str(dtype)[6:]}; "
               f"{f'continuing after epoch {start} in' if start else 'writing'} {out}/", flush=True)
     with tqdm(total=args.epochs * steps * views_per_step, initial=start * steps * views_per_step,
               unit="view", unit_scale=True, disable=not main, mininterval=0.5) as bar:
         for epoch in range(start, args.epochs):
             # Seeded by the epoch: a continued run draws what an uninterrupted one would have.
             seed = 10_000 * args.seed + epoch
+            torch.manual_seed(seed)
             shuffle.manual_seed(seed)
             order = torch.randperm(n, generator=shuffle)[:steps * args.batch_size]
-            torch.manual_seed(seed * world + rank)
-            batches = view_batches(images, order.view(steps, world, b)[:, rank], augment, device,
-                                   args.workers)
+            share = order.view(steps, world, -1)[:, rank]
+            batches = view_batches(data, share, augment, device, args.workers, seed)
             model.train()
-            sums = 0
+            history = []
             for step, views in enumerate(batches):
                 if main and epoch == step == 0:
                     save_views(views, out / "views.png")
@@ -860,35 +884,41 @@ def train(args, loss_fn=packing_loss):
                 scaler.update()
 
                 metrics = {"loss": loss.detach(), **geometry}
-                values = [torch.as_tensor(v, device=device) for v in metrics.values()]
-                sums = sums + torch.stack(values)
-                if step % 10 == 0:  # not at every step: to read a number is to wait for the GPU
-                    shown = {name: f"{float(metrics[name]):.3g}" for name in list(metrics)[:3]}
+                values = [torch.as_tensor(v, device=device).float() for v in metrics.values()]
+                history.append(torch.stack(values))
+                if step % 10 == 0 or step + 1 == steps:  # to read a number is to wait for the GPU
+                    shown = dict(list(zip(metrics, history[-1].tolist()))[:3], lr=lr)
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-                    bar.set_postfix(shown, lr=f"{lr:.2g}", refresh=False)
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+                    sound = torch.stack(torch._foreach_norm(weights)).isfinite().all()
+                    if not sound or not (math.isfinite(shown["loss"]) or scaler.is_enabled()):
+                        raise UserError(f"step {epoch * steps + step + 1}: {bar.postfix}: the loss "
+                                        "or a weight is not finite; lower --lr, or --amp off; "
+                                        f"{out}/ keeps epoch {epoch}")
                 bar.update(views_per_step)
 
-            record = {"epoch": epoch + 1, **dict(zip(metrics, (sums / steps).tolist())), "lr": lr}
-            if not all(map(math.isfinite, record.values())):
-                raise UserError(f"epoch {epoch + 1} gave numbers that are not finite: lower --lr, "
-                                f"or --amp off; {out}/ keeps the epoch before")
+            history = torch.stack(history)
+            finite = history.isfinite().all(1)  # fp16 skips a step that is not
+            means = history[finite].mean(0).tolist()
+            record = {"epoch": epoch + 1, **dict(zip(metrics, means)), "lr": lr}
+            if data.unreadable:
+                record["unreadable"] = len(data.unreadable)
             last = epoch + 1 == args.epochs
             if len(labelled) > 1 and (last or (epoch + 1) % args.knn_every == 0):
-                bank = images[labelled.to(device)] if resident else [images[i] for i in labelled]
-                features = extract_features(backbone.eval(), bank, CenterView(args.size), device,
-                                            dtype, args.workers, "k-NN")
-                record["knn"] = knn_accuracy(features, labels[labelled].to(device))
+                features, rows = extract_features(backbone.eval(), data, labelled, args.size,
+                                                  device, dtype, args.workers, "k-NN")
+                record["knn"] = knn_accuracy(features, data.labels[rows].to(device))
+            log.append(record)
             if main:
                 if "knn" in record:
                     bar.write(f"epoch {epoch + 1}: loss {record['loss']:.3f}, "
-                              f"20-NN {record['knn']:.1f} % of {len(labelled)} training images")
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
+                              f"20-NN {record['knn']:.1f} % of {len(rows)} training images")
+                (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
                 save(out / "backbone.pt", {
                     "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
                     "mean": MEAN, "std": STD, "backbone": backbone.state_dict()})
                 save(out / "checkpoint.pt", {
-                    "epoch": epoch + 1, "images": n, "settings": vars(args),
+                    "epoch": epoch + 1, "images": n, "settings": vars(args), "log": log,
                     "network": network.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
     if main:
@@ -901,7 +931,7 @@ def train(args, loss_fn=packing_loss):
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with defaults, a line a flag; errors of one line, exit status 2."""
+    """Help with defaults, a line a flag; raises UserError."""
 
     def __init__(self, prog, **options):
         super().__init__(prog, usage=f"{prog} [--flag value ...]", allow_abbrev=False, **options,
@@ -909,14 +939,14 @@ class Parser(argparse.ArgumentParser):
                              prog, max_help_position=32, width=120))
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UserError(message)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` within low..high."""
+def number(kind, low, high=sys.float_info.max):
+    """An argparse type: a finite number of `kind` within low..high."""
     def convert(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high:g}")
         return kind(text)
 
     convert.__name__ = kind.__name__  # for argparse's message
@@ -999,19 +1029,23 @@ def parse_args(argv=None):
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs}: not less than --epochs {args.epochs}")
     args.out = getattr(args, "out", f"runs/{Path(args.data).resolve().name}")
+    if Path(args.out).is_file():
+        parser.error(f"--out {args.out}: is a file; name a folder")
     return args
 
 
 def command_line(main):
     """Run main(); an error that the user can put right ends it with one line, exit status 2."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        time.sleep(3 * (rank > 0))  # rank 0 mostly says the same, and torchrun then ends the rest
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == 0:
+            print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()

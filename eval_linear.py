@@ -26,6 +26,22 @@ from tqdm import tqdm
 import clamp
 
 
+def load_backbone(path, pretrained=True):
+    """The backbone of a run folder or a backbone.pt, and what the file says of it: arch, stem,
+    size, data. Raises UserError where there is none."""
+    path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        backbone = clamp.build_backbone(saved["arch"], saved["stem"])
+        if pretrained:
+            backbone.load_state_dict(saved["backbone"])
+    except FileNotFoundError:
+        raise clamp.UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
+    except Exception:  # torch.load raises many kinds
+        raise clamp.UserError(f"{path}: not a backbone that clamp.py wrote") from None
+    return backbone, saved
+
+
 def train_heads(batches, steps, rates, shape, device, desc):
     """Train a linear softmax classifier for each learning rate, side by side: SGD with momentum
     0.9 and a cosine schedule, from zero.
@@ -60,25 +76,26 @@ def evaluate(args):
     rank, world = clamp.rank_and_world()
     dtype = clamp.autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)  # the same random network on all processes
-    backbone, trained = clamp.load_backbone(args.run, pretrained=not args.random_init)
+    backbone, trained = load_backbone(args.run, pretrained=not args.random_init)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
-    data, size = args.data or trained["data"], trained["size"]
+    name, size = args.data or trained["data"], trained["size"]
 
     def load(split):
-        """Images, labels and features [n, f] of the unaugmented images."""
-        images, labels = clamp.load_data(data, split, args.data_dir,
-                                         args.limit if split == "train" else None, args.seed,
-                                         args.resident_gb)
-        if labels.min() < 0:
-            raise clamp.UserError(f"--data {data}: a probe needs labels, and {split}/ has pictures "
+        """A split's Data, the rows [n] of it that can be read, and their features [n, f]."""
+        data = clamp.load_data(name, split, args.data_dir, args.limit if split == "train" else None,
+                               args.seed, args.resident_gb)
+        if data.labels.min() < 0:
+            raise clamp.UserError(f"--data {name}: a probe needs labels, and {split}/ has pictures "
                                   "outside of the class folders of train/")
-        images = images.to(device) if torch.is_tensor(images) else images
-        features = clamp.extract_features(backbone, images, clamp.CenterView(size), device, dtype,
-                                          args.workers, f"{split} features")
-        return images, labels.to(device), features
+        if data.resident:
+            data.images = data.images.to(device)
+        features, rows = clamp.extract_features(
+            backbone, data, torch.arange(len(data.labels)), size, device, dtype, args.workers,
+            f"{split} features")
+        return data, rows, features, data.labels[rows].to(device)
 
-    images, labels, features = load("train")
-    test_images, test_labels, test_features = load("test")
+    data, rows, features, labels = load("train")
+    _, _, test_features, test_labels = load("test")
     n, classes = len(labels), int(labels.max()) + 1
     mean, std = features.mean(0), features.std(0) + 1e-6
 
@@ -87,27 +104,28 @@ def evaluate(args):
 
     augment = clamp.MultiViewAugment(size, 1, jitter_p=0, gray_p=0, blur_p=[0], solarize_p=[0])
 
-    def embed(views):
-        return clamp.embed(backbone, views[0], dtype)
-
     def fit(indices, rates, desc):
         batch = max(1, min(args.batch_size, len(indices)) // world)
         steps = len(indices) // (batch * world)
 
         def batches():
             for epoch in range(args.epochs):
-                generator = torch.Generator().manual_seed(args.seed + epoch)
-                order = indices[torch.randperm(len(indices), generator=generator)]
+                seed = args.seed + epoch
+                torch.manual_seed(seed)
+                order = indices[torch.randperm(len(indices))]
                 share = order[:steps * batch * world].view(steps, world, batch)[:, rank]
-                views = clamp.view_batches(images, share, augment, device, args.workers)
-                for rows in share.to(device):
-                    x = embed(next(views)) if args.augment else features[rows]
-                    yield standardise(x), labels[rows]
+                if args.augment:
+                    views = clamp.view_batches(data, rows[share], augment, device, args.workers,
+                                               seed)
+                    for (x,), batch_rows in zip(views, share.to(device)):
+                        yield standardise(clamp.embed(backbone, x, dtype)), labels[batch_rows]
+                else:
+                    for batch_rows in share.to(device):
+                        yield standardise(features[batch_rows]), labels[batch_rows]
 
         width = features.shape[1] + 1
         return train_heads(batches(), args.epochs * steps, rates, (width, classes), device, desc)
 
-    torch.manual_seed(args.seed + rank)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed))
     held_out, kept = order[:-(-n // 10)].to(device), order[-(-n // 10):]  # a tenth, and the rest
     x, y = standardise(features[held_out]), labels[held_out]
@@ -119,16 +137,16 @@ def evaluate(args):
     knn = clamp.knn_accuracy(features, labels, test_features, test_labels)
     result = {"top1": round(accuracy(x, test_labels, weight), 2),
               "top5": round(accuracy(x, test_labels, weight, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "data": data, "n_train": n, "n_test": len(test_labels),
+              "data": name, "n_train": n, "n_test": len(test_labels),
               "seconds": round(time.time() - started, 1)}
     if rank == 0:
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")
         print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result))
         print(json.dumps(result))
-        name = "linear-random-init.json" if args.random_init else "linear.json"
+        file = "linear-random-init.json" if args.random_init else "linear.json"
         run = Path(args.run)
-        (run if run.is_dir() else run.parent).joinpath(name).write_text(json.dumps(result) + "\n")
+        (run if run.is_dir() else run.parent).joinpath(file).write_text(json.dumps(result) + "\n")
     return result
 
 
