@@ -22,11 +22,13 @@ data, k-NN read-out, training loop, command line.
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
@@ -744,6 +746,29 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
 # ---------------------------------------------------------------------------------------------
 
 
+def save(path, content):
+    """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
+    part, memory = Path(f"{path}.part"), io.BytesIO()
+    torch.save(content, memory)
+    try:
+        with open(part, "wb") as file:
+            file.write(memory.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the epoch before is kept: "
+                        "make room and give the same command again") from None
+
+
+def load(path):
+    """What save() wrote, on the CPU. Runs no code from the file; raises many kinds of exception."""
+    if zipfile.ZipFile(path).testzip():
+        raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(args):
     """The checkpoint in args.out, or None; raises UserError where its settings are others."""
     path = Path(args.out, "checkpoint.pt")
@@ -751,7 +776,7 @@ def load_checkpoint(args):
     if fresh or not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load(path)
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many kinds
         raise UserError(f"{path}: not a checkpoint of clamp.py, or a damaged one; --fresh starts "
@@ -764,21 +789,6 @@ def load_checkpoint(args):
             raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
                             "--fresh starts that run over, another --out keeps it")
     return checkpoint
-
-
-def save(path, content):
-    """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); the epoch before is kept: make room "
-                        "and give the same command again") from None
 
 
 def save_views(views, path):

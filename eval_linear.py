@@ -31,14 +31,14 @@ def load_backbone(path, pretrained=True):
     size, data. Raises UserError where there is none."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = clamp.load(path)
         backbone = clamp.build_backbone(saved["arch"], saved["stem"])
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
     except FileNotFoundError:
         raise clamp.UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
     except Exception:  # torch.load raises many kinds
-        raise clamp.UserError(f"{path}: not a backbone that clamp.py wrote") from None
+        raise clamp.UserError(f"{path}: not a backbone that clamp.py wrote, or damaged") from None
     return backbone, saved
 
 
