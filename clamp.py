@@ -155,32 +155,40 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + eps_radius).sqrt()  # r_i
 
-        # Rows: this process's images. Columns: everyone's, without gradient, like the ghost
-        # particles of molecular dynamics: the force on i is the derivative in i's own place.
-        others = all_gather(torch.cat([centers, radii[:, None]], 1).detach())
-        other_centers, other_radii = others[:, :-1], others[:, -1]
-        origin = other_centers.mean(0)
-        x = (centers - origin).double()  # float64: |x|^2 + |y|^2 - 2xy cancels for close pairs
-        y = (other_centers - origin).double()
-        gram = x @ y.T
-        squared = (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * gram).to(z.dtype)
-        reach = (radii[:, None] + other_radii).clamp(max=max_reach)
-        pairs = (squared > min_distance**2) & (squared < reach.square())
-        pairs.diagonal(rank * b).fill_(False)  # not with itself
-        distance = squared.where(pairs, 1).sqrt()  # where: no gradient through sqrt(0)
-        energy = (1 - distance / reach).where(pairs, 0).square().sum()
-
-        counts = pairs.sum(1)
-        sums = torch.stack([energy.detach(), counts.sum(), (counts > 0).sum(),
-                            gram.detach().square().sum()]).to(z.dtype)
+        # Each ellipsoid feels all others as ghost particles do in molecular dynamics: the force on
+        # i is the energy's derivative in i's own place. So the others come without gradient, and
+        # the forces are summed at once, in blocks of rows: memory grows with b, not with b^2.
+        particles = torch.cat([centers, radii[:, None]], 1)
+        ghosts = all_gather(particles.detach())
+        origin = ghosts[:, :-1].mean(0)
+        y = (ghosts[:, :-1] - origin).double()  # float64: |x|^2 + |y|^2 - 2xy cancels
+        forces, sums, first = [], 0, rank * b
+        for own in particles.detach().split(max(1, 2**24 // len(ghosts))):
+            own.requires_grad_()
+            with torch.enable_grad():
+                x = (own[:, :-1] - origin).double()
+                gram = x @ y.T
+                squared = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * gram
+                squared = squared.to(z.dtype)
+                reach = (own[:, -1:] + ghosts[:, -1]).clamp(max=max_reach)
+                pairs = (squared > min_distance**2) & (squared < reach.square())
+                pairs.diagonal(first).fill_(False)  # not with itself
+                distance = squared.where(pairs, 1).sqrt()  # where: no gradient through sqrt(0)
+                energy = (1 - distance / reach).where(pairs, 0).square().sum()
+            forces += torch.autograd.grad(energy, own)
+            counts = pairs.sum(1)
+            sums = sums + torch.stack([energy.detach(), counts.sum(), (counts > 0).sum(),
+                                       gram.detach().square().sum()]).to(z.dtype)
+            first += len(own)
         total_energy, neighbours, with_neighbour, gram_squared = all_reduce(sums)
         total = prefactor * total_energy + eps_energy
         # Zero, but for its gradient. 2: i is in rows and in columns; world: DDP will average.
-        surrogate = 2 * prefactor * world * (energy - energy.detach())
+        work = (particles * torch.cat(forces)).sum()
+        surrogate = 2 * prefactor * world * (work - work.detach())
         loss = total.log() + surrogate / total
         variance = y.square().sum().to(z.dtype)
         geometry = {
-            "radius": other_radii.mean(),
+            "radius": ghosts[:, -1].mean(),
             "neighbours": neighbours / (world * b),
             "with_neighbour": with_neighbour / (world * b),
             "spread": (variance / (world * b)).sqrt(),

@@ -92,6 +92,25 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda z: clamp.packing_loss(z, **options)[0], z)
 
 
+def test_more_images_than_fit_in_a_block_of_rows():
+    m, b, d = 2, 4200, 8  # 4200^2 > 2^24
+    z, reference = (embeddings(m, b, d, noise=0.1).requires_grad_() for _ in range(2))
+    loss, geometry = clamp.packing_loss(z, center=False)
+    loss.backward()
+    unit = F.normalize(reference, dim=-1)
+    centers = unit.mean(0)
+    radii = 7 * ((unit - centers).square().sum((0, 2)) / (m - 1) / m + 1e-12).sqrt()
+    left, right = torch.triu_indices(b, b, 1)
+    distance = torch.linalg.vector_norm(centers[left] - centers[right], dim=1)
+    overlap = 1 - distance / (radii[left] + radii[right]).clamp(max=1.5)
+    near = (overlap > 0) & (distance > 1e-3)
+    expected = (0.5 * overlap.where(near, 0).square().sum() + 1e-6).log()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(z.grad, reference.grad, rtol=1e-6, atol=1e-12)
+    assert geometry["neighbours"] == pytest.approx(2 * near.sum().item() / b)
+
+
 @pytest.mark.parametrize("case", ["coincident", "one image", "two views", "zero radii", "apart",
                                   "same centres", "bfloat16", "half"])
 def test_gradients_are_finite(case):
