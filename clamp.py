@@ -46,7 +46,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: the published settings (arXiv 2506.13717 and the authors' release), and one of ours.
+# Recipes: the published settings (arXiv 2506.13717 and the authors' release), and two of ours.
 # Every key is also a flag.
 # ---------------------------------------------------------------------------------------------
 
@@ -62,13 +62,17 @@ IMAGENET100 = CIFAR10 | dict(
     radius_scale=8.5, views=4, batch_size=512, epochs=200, lr=2.0,
     jitter=[0.4, 0.4, 0.2, 0.1], blur_kernel=23, blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2],
 )
+PATTERNS = CIFAR10 | dict(  # ours: two minutes on two CPU cores
+    data="patterns", stem="imagenet", views=8, batch_size=32, epochs=3, warmup_epochs=1,
+    lr=1.6, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], knn_every=1,
+)
 RECIPES = {
     "cifar10": CIFAR10,
     "imagenet100": IMAGENET100,
     "imagenet1k": IMAGENET100 | dict(epochs=100, lr=1.1),
-    "patterns": CIFAR10 | dict(  # ours, two minutes on two CPU cores; also for your own folders
-        data="patterns", stem="imagenet", views=8, batch_size=32, epochs=3, warmup_epochs=1,
-        lr=1.6, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], knn_every=1,
+    "patterns": PATTERNS,
+    "pictures": PATTERNS | dict(  # ours, for folders
+        data=None, views=2, batch_size=128, epochs=16, lr=0.4, knn_every=4,
     ),
 }
 
@@ -319,7 +323,7 @@ class MultiViewAugment:
         n = self.views * b * rank_and_world()[1]
         boxes = self.own(draw_boxes(n, height, width, self.crop_scale, images.device))
         flip = self.own(torch.rand(n, device=images.device) < self.flip_p)
-        pictures = (images / 255).repeat(self.views, 1, 1, 1)
+        pictures = images.float().repeat(self.views, 1, 1, 1)
         crops = resized_crop(pictures, boxes.flatten(0, 1), flip.flatten(), self.size)
         return self.photometric(crops.unflatten(0, (self.views, b)), self.draw(b, images.device))
 
@@ -329,8 +333,7 @@ class MultiViewAugment:
 
     def finish(self, crops):
         """The rest, batched on their device: uint8 crops [b, m, ...] -> views [m, b, ...]."""
-        crops = crops.transpose(0, 1) / 255
-        return self.photometric(crops, self.draw(crops.shape[1], crops.device))
+        return self.photometric(crops.transpose(0, 1), self.draw(len(crops), crops.device))
 
     def own(self, drawn):
         """This process's part [m, b, ...] of what was drawn for all, [m * world * b, ...]."""
@@ -360,22 +363,27 @@ class MultiViewAugment:
         }
 
     def photometric(self, crops, drawn):
-        """Colours, blur and normalisation of crops in 0..1 [m, b, 3, size, size], as drawn."""
-        def each(parameter):
-            return parameter.reshape(-1, 1, 1, 1)
-
-        x = crops.flatten(0, 1)
+        """Colours, blur and normalisation of crops in 0..255 [m, b, 3, size, size], as drawn."""
+        each = {k: v.reshape(*v.shape[:-2], -1, 1, 1, 1) for k, v in drawn.items() if k != "order"}
         adjust = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
-        for k in drawn["order"]:
-            if self.jitter_p and self.jitter[k]:
-                x = adjust[k](x, each(drawn["jitter"][k]))
-        if self.gray_p:
-            x = torch.where(each(drawn["gray"]), luminance(x), x)
-        if any(self.blur_p):
-            x = gaussian_blur(x, each(drawn["sigma"]), self.blur_kernel)
-        if any(self.solarize_p):
-            x = torch.where(each(drawn["solarize"]) & (x >= 0.5), 1 - x, x)
-        return normalize(x).view(crops.shape)
+        pictures = crops.flatten(0, 1)
+        # On a CPU a few pictures at a time, which stay in its cache: twice as fast at 224 px.
+        chunk = len(pictures) if crops.is_cuda else max(1, 2**20 // pictures[0].numel())
+        parts = []
+        for part in range(0, len(pictures), chunk):
+            rows = slice(part, part + chunk)
+            x = pictures[rows] / 255
+            for k in drawn["order"]:
+                if self.jitter_p and self.jitter[k]:
+                    x = adjust[k](x, each["jitter"][k, rows])
+            if self.gray_p:
+                x = torch.where(each["gray"][rows], luminance(x), x)
+            if any(self.blur_p):
+                x = gaussian_blur(x, each["sigma"][rows], self.blur_kernel)
+            if any(self.solarize_p):
+                x = torch.where(each["solarize"][rows] & (x >= 0.5), 1 - x, x)
+            parts.append(normalize(x))
+        return torch.cat(parts).view(crops.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -990,7 +998,7 @@ def parse_args(argv=None):
                     description="Train CLAMP. --recipe NAME --help shows that recipe's defaults.")
     add = parser.add_argument
     add("--recipe", choices=RECIPES,
-        help="settings that flags override; default: as --data, cifar10 for its kin, else patterns")
+        help="settings that flags override; default: as --data, cifar10 for its kin, else pictures")
     add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=count, help="use the first LIMIT images of a seeded shuffle")
     add("--out", help="run folder (default: runs/<data>)", default=argparse.SUPPRESS)
@@ -1025,8 +1033,8 @@ def parse_args(argv=None):
     add_machine_flags(parser)
 
     known, _ = parser.parse_known_args(argv)  # first for the recipe, then with its defaults
-    alike = {"cifar100": "cifar10", "stl10": "cifar10"}.get(known.data, known.data)
-    recipe = known.recipe or (alike if alike in RECIPES else "patterns")
+    alike = {None: "patterns", "patterns": "patterns"} | dict.fromkeys(DATASETS[1:], "cifar10")
+    recipe = known.recipe or alike.get(known.data, "pictures")
     defaults = dict(RECIPES[recipe], recipe=recipe)
     third = (known.epochs or defaults["epochs"]) / 3
     defaults["warmup_epochs"] = min(defaults["warmup_epochs"], third)

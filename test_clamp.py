@@ -1,4 +1,8 @@
-"""Tests of clamp.py and eval_linear.py against independent references; CPU, no network."""
+"""Tests of clamp.py and eval_linear.py against independent references; CPU, no network.
+
+    python -m pytest        the tests
+    python test_clamp.py    the benchmark: what things cost beside the usual ways of doing them
+"""
 
 import json
 import math
@@ -9,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from urllib.error import URLError
@@ -20,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torchvision.transforms import v2
 
 import clamp
 import eval_linear
@@ -90,6 +96,28 @@ def test_gradcheck():
     for options in ({}, PAPER, dict(radius_scale=2.0, max_reach=1.2)):
         z = embeddings(3, 5, 4).requires_grad_()
         assert torch.autograd.gradcheck(lambda z: clamp.packing_loss(z, **options)[0], z)
+
+
+def broadcast_loss(z, radius_scale=7.0):
+    """The same energy by a [b, b, d] tensor of differences."""
+    m, b, d = z.shape
+    z = F.normalize(z - z.mean((0, 1)), dim=-1)
+    centers = z.mean(0)
+    trace = (z - centers).square().sum((0, 2)) / (m - 1)
+    radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()
+    distance = (centers[:, None] - centers + torch.eye(b, device=z.device)[..., None]).norm(dim=-1)
+    reach = (radii[:, None] + radii).clamp(max=1.5)
+    near = (distance > 1e-3) & (distance < reach) & ~torch.eye(b, device=z.device).bool()
+    return ((1 - distance / reach).where(near, 0).square().sum() / 4 + 1e-6).log()
+
+
+def test_loss_equals_the_broadcast_formulation():
+    z, reference = embeddings(4, 60, 24).requires_grad_(), embeddings(4, 60, 24).requires_grad_()
+    loss, expected = clamp.packing_loss(z)[0], broadcast_loss(reference)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(z.grad, reference.grad, rtol=1e-7, atol=1e-9)
 
 
 def test_more_images_than_fit_in_a_block_of_rows():
@@ -300,7 +328,7 @@ def test_views_equal_torchvision_given_the_same_parameters():
     torch.manual_seed(1)
     x, drawn = torch.stack([pictures(6, 16, 16, seed) for seed in range(4)]), augment.draw(6)
     operators = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    views = augment.photometric(x, drawn)
+    views = augment.photometric(255 * x, drawn)
     for k in range(4):
         for i in range(6):
             y = x[k, i]
@@ -923,8 +951,8 @@ def test_cuda_agrees_with_cpu():
     x = torch.stack([pictures(6, 16, 16, seed) for seed in range(2)])
     drawn = augment.draw(6)
     cuda = {k: v.cuda() if torch.is_tensor(v) else v for k, v in drawn.items()}
-    torch.testing.assert_close(augment.photometric(x.cuda(), cuda).cpu(),
-                               augment.photometric(x, drawn), rtol=0, atol=1e-2)
+    torch.testing.assert_close(augment.photometric(255 * x.cuda(), cuda).cpu(),
+                               augment.photometric(255 * x, drawn), rtol=0, atol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -934,3 +962,153 @@ def test_cuda_trains(flags, tmp_path):
     run(*torchrun, "clamp.py", *TINY, *flags, "--device", "cuda", "--out", tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(math.isfinite(line["loss"]) for line in log)
+
+
+# ------------------------------------------------------------------------------ benchmark
+
+
+def seconds(function, device, repeats=3):
+    """Median time of a call, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[repeats // 2]
+
+
+def loss_step(loss_fn, b, device):
+    """A function that computes a loss and its gradient: 4 views, 512 dimensions, overlapping."""
+    z = embeddings(4, b, 512, noise=0.7, dtype=torch.float32).to(device).requires_grad_()
+
+    def step():
+        loss = loss_fn(z)
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+    return step
+
+
+def peak_memory(step, device):
+    """GB that a step needs at its peak, beyond what is there before it."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
+    before = resident_memory("VmRSS")
+    step()
+    return (resident_memory("VmHWM") - before) / 2**20
+
+
+def resident_memory(key):
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+class Stop(Exception):
+    """Raised by a loss to end the training that it times."""
+
+
+def training_step(args, device, repeats=6):
+    """Median seconds from one call of the loss to the next within clamp.train."""
+    stamps = []
+
+    def loss_fn(z, radius_scale):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        stamps.append(time.perf_counter())
+        if len(stamps) == repeats + 3:
+            raise Stop
+        return clamp.packing_loss(z, radius_scale)
+
+    with tempfile.TemporaryDirectory() as out, pytest.raises(Stop):
+        clamp.train(clamp.parse_args([*args, "--out", f"{out}/run"]), loss_fn)
+    return sorted(b - a for a, b in zip(stamps[2:], stamps[3:]))[repeats // 2]
+
+
+def network_step(args, device):
+    """A function: forward and backward of backbone and projector alone on a batch at hand."""
+    args = clamp.parse_args(args)
+    backbone = clamp.build_backbone(args.arch, args.stem)
+    projector = clamp.build_projector(backbone.num_features, args.projector)
+    network = torch.nn.Sequential(backbone, projector).to(
+        device, memory_format=torch.channels_last)
+    views = torch.randn(args.views, args.batch_size, 3, args.size, args.size, device=device)
+    dtype = clamp.autocast_dtype(args.amp, device)
+    return lambda: clamp.embed(network, views, dtype).square().sum().backward()
+
+
+def usual_transform(size, jitter, blur_kernel):
+    """The augmentation as torchvision's transforms, one picture at a time."""
+    return v2.Compose([
+        v2.RandomResizedCrop(size, (0.08, 1.0)), v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(*jitter)], 0.8), v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(blur_kernel, (0.1, 2.0))], 0.5),
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(clamp.MEAN, clamp.STD)])
+
+
+class UsualFolder(torch.utils.data.Dataset):
+    """Every view is decoded and transformed in the loader."""
+
+    def __init__(self, files, views, transform):
+        self.files, self.views, self.transform = files, views, transform
+
+    def __len__(self):
+        return len(self.files) * self.views
+
+    def __getitem__(self, k):
+        with Image.open(self.files[k // self.views]) as picture:
+            return self.transform(picture.convert("RGB"))
+
+
+def benchmark():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{torch.get_num_threads()} CPU threads")
+    print(f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}, medians")
+
+    ours, theirs = (loss_step(f, 1024, device) for f in (clamp.packing_loss, broadcast_loss))
+    times, memories = [[f(step, device) for step in (ours, theirs)] for f in (seconds, peak_memory)]
+    print(f"packing loss, 4 views of 1024 images, 512-d: {1e3 * times[0]:.1f} ms, {memories[0]:.2f} "
+          f"GB; broadcast {1e3 * times[1]:.0f} ms, {memories[1]:.2f} GB: "
+          f"{times[1] / times[0]:.0f} times as fast, 1/{memories[1] / memories[0]:.0f} of the memory")
+    for b in (2048, 4096, 8192) if device.type == "cpu" else (4096, 16384, 65536):
+        peak = peak_memory(loss_step(clamp.packing_loss, b, device), device)
+        print(f"packing loss, {b} images: {peak:.2f} GB")
+
+    images = (pictures(512, 32, 32) * 255).byte().to(device)
+    augment, usual = clamp.MultiViewAugment(32, 4), usual_transform(32, [0.8, 0.8, 0.8, 0.2], 3)
+    ours = seconds(lambda: augment(images), device) / (4 * 512)
+    cpu = images[:128].cpu()
+    theirs = seconds(lambda: [usual(picture) for picture in cpu], torch.device("cpu")) / 128
+    print(f"augmentation: {1 / ours:,.0f} views/s, torchvision picture by picture on the CPU "
+          f"{1 / theirs:,.0f}: {theirs / ours:.1f} times as fast")
+
+    for stem, views in (("small", 4), ("imagenet", 8)):
+        batch = 512 if device.type == "cuda" else 32
+        args = ["--recipe", "cifar10", "--data", "patterns", "--stem", stem, "--views", str(views),
+                "--batch-size", str(batch), "--device", device.type]
+        network, whole = seconds(network_step(args, device), device), training_step(args, device)
+        print(f"training step, ResNet-18, {stem} stem, {views} views of {batch} images: "
+              f"{1e3 * whole:.0f} ms, forward and backward alone {1e3 * network:.0f} ms: "
+              f"{whole / network:.2f} times as long")
+
+    with tempfile.TemporaryDirectory() as folder:
+        for k, picture in enumerate(pictures(96, 376, 500)):
+            TF.to_pil_image(picture).save(f"{folder}/{k}.jpg")
+        data, cpu = clamp.load_data(folder), torch.device("cpu")
+        augment = clamp.MultiViewAugment(224, 4, jitter=(0.4, 0.4, 0.2, 0.1), blur_kernel=23)
+        usual = UsualFolder(data.images, 4, usual_transform(224, (0.4, 0.4, 0.2, 0.1), 23))
+        batches = torch.arange(96).view(-1, 16)
+        ours = seconds(lambda: list(clamp.view_batches(data, batches, augment, device, 1)), device)
+        loader = torch.utils.data.DataLoader(usual, 64, num_workers=1)
+        theirs = seconds(lambda: list(loader), cpu)
+        print(f"streamed photographs, 1 worker, 4 views of 224 px: {384 / ours:.0f} views/s, "
+              f"each view decoded and transformed in the loader {384 / theirs:.0f}: "
+              f"{theirs / ours:.1f} times as fast")
+
+
+if __name__ == "__main__":
+    benchmark()
