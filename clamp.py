@@ -18,7 +18,7 @@ A run writes, into runs/<data>/ or --out:
     backbone.pt      the trained ResNet under torchvision's own key names, for eval_linear.py
 
 The file reads in the order of the method: recipes, packing loss, augmentation, model, optimiser,
-data, k-NN read-out, training loop, command line.
+data, k-NN read-out, run folder, training loop, command line.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 # ---------------------------------------------------------------------------------------------
 # Augmentation. Batched on the images' device; every view of every image draws its own parameters.
 # The operators take float [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], and agree
-# with torchvision.transforms.functional on each picture to 1e-5.
+# with torchvision.transforms.functional on each picture to 1e-5 (in float32; TF32 is coarser).
 # ---------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's networks
@@ -226,8 +226,9 @@ def draw_boxes(n, height, width, scale, device=None):
     center = round(min(height, width / ratio)), round(min(width, height * ratio))
     h = h.gather(1, first)[:, 0].where(fits.any(1), center[0])
     w = w.gather(1, first)[:, 0].where(fits.any(1), center[1])
-    u, v = torch.rand(2, n, device=device).where(fits.any(1), 0.5)
-    top, left = (u * (height - h + 1)).floor(), (v * (width - w + 1)).floor()
+    u, v = torch.rand(2, n, device=device)
+    top = (u * (height - h + 1)).where(fits.any(1), (height - h) / 2).floor()
+    left = (v * (width - w + 1)).where(fits.any(1), (width - w) / 2).floor()
     return torch.stack([top, left, h, w], 1)
 
 
@@ -368,6 +369,7 @@ class MultiViewAugment:
 
     def photometric(self, crops, drawn):
         """Colours, blur and normalisation of crops in 0..255 [m, b, 3, size, size], as drawn."""
+        # [m, b] -> [m * b, 1, 1, 1]; jitter keeps its leading 4
         each = {k: v.reshape(*v.shape[:-2], -1, 1, 1, 1) for k, v in drawn.items() if k != "order"}
         adjust = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
         pictures = crops.flatten(0, 1)
@@ -570,19 +572,23 @@ def find_pictures(path, split):
     """Files and labels below path/train, path/test or path/val; or below path, without labels."""
     if not path.is_dir():
         raise UserError(f"--data {path}: no such folder, and not one of {', '.join(DATASETS)}")
-    root = train = path / "train" if (path / "train").is_dir() else path
+    labelled = (path / "train").is_dir()
+    root = path / "train" if labelled else path
+    classes = sorted(f.name for f in root.iterdir() if f.is_dir() and f.name[0] != ".")
     if split == "test":
         root = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
         if root is None:
             raise UserError(f"--data {path}: no test/ or val/ folder in it to evaluate on")
-    walk = os.walk(root, followlinks=True)
-    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names
-                   if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."))
+    files = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [os.path.join(folder, name) for name in names
+                  if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
     if not files:
         raise UserError(f"--data {path}: no pictures below {root} ({' '.join(IMG_EXTENSIONS)})")
+    files.sort()
     labels = torch.full((len(files),), -1)
-    if train != path:
-        classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    if labelled:
         index = {name: k for k, name in enumerate(classes)}
         labels = torch.tensor([index.get(Path(f).relative_to(root).parts[0], -1) for f in files])
     return files, labels
@@ -600,8 +606,9 @@ def read_picture(file):
 
 
 def report_unreadable(files):
-    for file in sorted(files) if rank_and_world()[0] == 0 else ():
-        tqdm.write(f"{file}: cannot be decoded, left out", file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        for file in sorted(files):
+            tqdm.write(f"{file}: cannot be decoded, left out", file=sys.stderr)
 
 
 def decode(files, labels, resident_gb):
@@ -652,9 +659,11 @@ def crop_files(rows, files, crop, seed):
     crops, unreadable = [], set()
     with torch.random.fork_rng(devices=[]):
         for row in rows:
-            torch.manual_seed((seed << 32) + row)
+            torch.default_generator.manual_seed(hash((seed, row)))  # the CPU's alone
             while (picture := read_picture(files[row])) is None:
                 unreadable.add(files[row])
+                if len(unreadable) == len(files):
+                    raise UserError(f"--data: {files[row]} and all other pictures are gone")
                 row = (row + 1) % len(files)
             crops.append(crop(picture))
     return torch.stack(crops), unreadable
@@ -669,8 +678,8 @@ def view_batches(data, batches, augment, device, workers=0, seed=0):
             yield augment(data.images[rows.to(data.images.device)])
         return
     loader = torch.utils.data.DataLoader(
-        range(len(data.images)), batch_sampler=[rows.tolist() for rows in batches],
-        num_workers=workers, pin_memory=device.type == "cuda",
+        [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
+        pin_memory=device.type == "cuda",
         collate_fn=partial(crop_files, files=data.images, crop=augment.crop, seed=seed))
     found = set()
     for crops, unreadable in loader:
@@ -761,11 +770,6 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
 # ---------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
-
 def save(path, content):
     """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
     part, memory = Path(f"{path}.part"), io.BytesIO()
@@ -792,6 +796,7 @@ def load(path):
 def load_checkpoint(args):
     """The checkpoint in args.out, or None; raises UserError where its settings are others."""
     path = Path(args.out, "checkpoint.pt")
+    # --fresh was meant for the first start, where torchrun has restarted this process.
     fresh = args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if fresh or not path.exists():
         return None
@@ -818,6 +823,11 @@ def save_views(views, path):
     torchvision.utils.save_image(grid, path, nrow=min(8, len(views)))
 
 
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
 def train(args, loss_fn=packing_loss):
     """Train as args (from parse_args) say and write the run folder args.out.
 
@@ -835,6 +845,9 @@ def train(args, loss_fn=packing_loss):
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
     checkpoint = load_checkpoint(args)
     start = checkpoint["epoch"] if checkpoint else 0
+    if all_reduce(torch.tensor(start, device=device)) != start * world:
+        raise UserError(f"--out {out}: its checkpoint.pt is not the same to all processes; name a "
+                        "folder on a disk that all nodes share")
     if start == args.epochs:
         if main:
             print(f"{out}/ is finished ({start} epochs); --fresh trains anew, --out elsewhere")
@@ -863,8 +876,8 @@ def train(args, loss_fn=packing_loss):
     if device.type == "cuda" and world > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
-    weights = list(network.parameters())
-    optimizer = LARS(weights, args.lr, args.eta, args.momentum, args.weight_decay)
+    state = [t for t in network.state_dict().values() if t.is_floating_point()]
+    optimizer = LARS(network.parameters(), args.lr, args.eta, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     log = []
     if checkpoint:
@@ -881,9 +894,10 @@ def train(args, loss_fn=packing_loss):
     views_per_step = args.views * args.batch_size
     if main:
         out.mkdir(parents=True, exist_ok=True)
-        for old in () if checkpoint else ("checkpoint.pt", "backbone.pt", "linear.json",
-                                          "linear-random-init.json", "log.jsonl"):
-            (out / old).unlink(missing_ok=True)
+        if not checkpoint:
+            for old in ("checkpoint.pt", "backbone.pt", "log.jsonl", "linear.json",
+                        "linear-random-init.json"):
+                (out / old).unlink(missing_ok=True)
         print(f"recipe {args.recipe}, {args.data}: {n} images "
               f"{'in memory' if data.resident else 'streamed'}, {args.views} views of {args.size} "
               f"px; {args.arch}, {args.stem} stem; {world} x {device.type}, {str(dtype)[6:]}; "
@@ -917,18 +931,22 @@ def train(args, loss_fn=packing_loss):
                 values = [torch.as_tensor(v, device=device).float() for v in metrics.values()]
                 history.append(torch.stack(values))
                 if step % 10 == 0 or step + 1 == steps:  # to read a number is to wait for the GPU
-                    shown = dict(list(zip(metrics, history[-1].tolist()))[:3], lr=lr)
+                    shown = dict(zip(list(metrics)[:3], history[-1].tolist()), lr=lr)
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                     bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-                    sound = torch.stack(torch._foreach_norm(weights)).isfinite().all()
-                    if not sound or not (math.isfinite(shown["loss"]) or scaler.is_enabled()):
+                    loss_fits = math.isfinite(shown["loss"]) or scaler.is_enabled()  # fp16 skips it
+                    norms = torch.stack(torch._foreach_norm(state))
+                    if not loss_fits or not norms.isfinite().all():
                         raise UserError(f"step {epoch * steps + step + 1}: {bar.postfix}: the loss "
-                                        "or a weight is not finite; lower --lr, or --amp off; "
-                                        f"{out}/ keeps epoch {epoch}")
+                                        f"or a weight is not finite; {out}/ keeps epoch {epoch}; "
+                                        "start over with a lower --lr, or --amp off")
                 bar.update(views_per_step)
 
             history = torch.stack(history)
             finite = history.isfinite().all(1)  # fp16 skips a step that is not
+            if not finite.any():
+                raise UserError(f"epoch {epoch + 1}: no step was finite; {out}/ keeps the epoch "
+                                "before; start over with --amp bf16 or off")
             means = history[finite].mean(0).tolist()
             record = {"epoch": epoch + 1, **dict(zip(metrics, means)), "lr": lr}
             if data.unreadable:
@@ -976,7 +994,9 @@ def number(kind, low, high=sys.float_info.max):
     """An argparse type: a finite number of `kind` within low..high."""
     def convert(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high:g}")
+            endless = high == sys.float_info.max
+            limits = f"a number from {low} up" if endless else f"within {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return kind(text)
 
     convert.__name__ = kind.__name__  # for argparse's message
@@ -987,12 +1007,13 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
-        help="loader processes for streamed pictures")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    add("--workers", type=number(int, 0), default=max(1, min(8, cores)),
+        help="loader processes for streamed pictures, of each process")
     add("--resident-gb", type=number(float, 0), default=4.0,
         help="keep images of one size, up to 256 px, in memory up to this; stream others")
     add("--data-dir", default="data", help="where downloads are kept")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of all random numbers")
 
 
 def parse_args(argv=None):
@@ -1037,11 +1058,12 @@ def parse_args(argv=None):
     add_machine_flags(parser)
 
     known, _ = parser.parse_known_args(argv)  # first for the recipe, then with its defaults
-    alike = {None: "patterns", "patterns": "patterns"} | dict.fromkeys(DATASETS[1:], "cifar10")
-    recipe = known.recipe or alike.get(known.data, "pictures")
+    recipe_of_data = {None: "patterns", "patterns": "patterns", "cifar10": "cifar10",
+                      "cifar100": "cifar10", "stl10": "cifar10"}
+    recipe = known.recipe or recipe_of_data.get(known.data, "pictures")
     defaults = dict(RECIPES[recipe], recipe=recipe)
-    third = (known.epochs or defaults["epochs"]) / 3
-    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], third)
+    defaults["warmup_epochs"] = min(defaults["warmup_epochs"],
+                                    (known.epochs or defaults["epochs"]) / 3)
     parser.set_defaults(**defaults)
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
@@ -1071,7 +1093,8 @@ def command_line(main):
         main()
     except (UserError, OSError) as error:
         time.sleep(3 * (rank > 0))  # rank 0 mostly says the same, and torchrun then ends the rest
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:

@@ -16,6 +16,7 @@ RUN/linear-random-init.json).
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def evaluate(args):
                 if args.augment:
                     views = clamp.view_batches(data, rows[share], augment, device, args.workers,
                                                seed)
+                    # views first, so that they are exhausted; one view of each image
                     for (x,), batch_rows in zip(views, share.to(device)):
                         yield standardise(clamp.embed(backbone, x, dtype)), labels[batch_rows]
                 else:
@@ -127,7 +129,8 @@ def evaluate(args):
         return train_heads(batches(), args.epochs * steps, rates, (width, classes), device, desc)
 
     order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed))
-    held_out, kept = order[:-(-n // 10)].to(device), order[-(-n // 10):]  # a tenth, and the rest
+    tenth = math.ceil(n / 10)
+    held_out, kept = order[:tenth].to(device), order[tenth:]
     x, y = standardise(features[held_out]), labels[held_out]
     sweep = [accuracy(x, y, w) for w in fit(kept, args.lr, "learning rates")]
     lr = args.lr[sweep.index(max(sweep))]

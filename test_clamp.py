@@ -237,14 +237,18 @@ def plain_backbone(arch, stem):
     return backbone
 
 
-def train_shares(rank, world, port, folder):
-    """Process `rank` of `world`: the loss alone, then training of resident and streamed images."""
-    torch.set_num_threads(1)
-    clamp.build_backbone = plain_backbone
+def join_processes(rank, world, port):
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo")
+
+
+def train_shares(rank, world, port, folder):
+    """Process `rank` of `world`: the loss alone, then training of resident and streamed images."""
+    torch.set_num_threads(1)
+    clamp.build_backbone = plain_backbone
+    join_processes(rank, world, port)
     torch.save(loss_of_share(rank, world), f"{folder}/loss-{world}-{rank}.pt")
     for data in ("patterns", f"{folder}/photos"):
         clamp.train(clamp.parse_args([
@@ -372,8 +376,9 @@ def test_boxes_are_distributed_as_torchvisions():
     assert (ours >= 0).all() and (ours[:, 2:] >= 1).all()
     for a, b in ((ours, theirs.float()), (ours.square(), theirs.float().square())):
         torch.testing.assert_close(a.mean(0), b.mean(0), rtol=0.06, atol=0.1)
-    long = clamp.draw_boxes(50, 10, 100, (1.0, 1.0))  # nothing fits: the centre
-    assert (long == torch.tensor([0, 44, 10, 13])).all()
+    for height, width in ((10, 100), (10, 101), (91, 8)):  # nothing fits: the centre
+        box = crop.get_params(torch.zeros(3, height, width), (1.0, 1.0), (3 / 4, 4 / 3))
+        assert (clamp.draw_boxes(50, height, width, (1.0, 1.0)) == torch.tensor(box)).all()
 
 
 def test_every_view_of_every_image_is_its_own():
@@ -555,6 +560,8 @@ def test_pictures_of_any_mode_load_as_rgb_and_unreadable_ones_are_left_out(tmp_p
         picture.save(tmp_path / f"{k}.png")
     gray.convert("RGB").convert("CMYK").save(tmp_path / "4.jpg", quality=100)
     content = (tmp_path / "0.png").read_bytes()
+    (tmp_path / ".hidden").mkdir()
+    gray.save(tmp_path / ".hidden" / "0.png")
     (tmp_path / "5.png").write_bytes(content[:len(content) // 2])
     for resident_gb in (1, 0):
         data = clamp.load_data(str(tmp_path), resident_gb=resident_gb)
@@ -813,30 +820,30 @@ def one_line(capfd, script, argv):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--views 1", "--views: 1 is not within 2"),
+    ("--views 1", "--views: 1 is not a number from 2 up"),
     ("--views two", "--views: invalid int value: 'two'"),
-    ("--batch-size 0", "--batch-size: 0 is not within 1"),
+    ("--batch-size 0", "--batch-size: 0 is not a number from 1 up"),
     ("--batch-size 6000", "--batch-size 6000: only 5000 images"),
-    ("--limit 0", "--limit: 0 is not within 1"),
+    ("--limit 0", "--limit: 0 is not a number from 1 up"),
     ("--limit 20", "--batch-size 32: only 20 images"),
-    ("--epochs 0", "--epochs: 0 is not within 1"),
-    ("--epochs -3", "--epochs: -3 is not within 1"),
+    ("--epochs 0", "--epochs: 0 is not a number from 1 up"),
+    ("--epochs -3", "--epochs: -3 is not a number from 1 up"),
     ("--epochs 2.5", "--epochs: invalid int"),
     ("--epochs 3 --warmup-epochs 3", "--warmup-epochs 3.0: not less than --epochs 3"),
-    ("--warmup-epochs -1", "--warmup-epochs: -1 is not within 0"),
-    ("--lr nan", "--lr: nan is not within 0"),
-    ("--lr inf", "--lr: inf is not within 0"),
-    ("--lr -1", "--lr: -1 is not within 0"),
+    ("--warmup-epochs -1", "--warmup-epochs: -1 is not a number from 0 up"),
+    ("--lr nan", "--lr: nan is not a number from 0 up"),
+    ("--lr inf", "--lr: inf is not a number from 0 up"),
+    ("--lr -1", "--lr: -1 is not a number from 0 up"),
     ("--lr high", "--lr: invalid float value: 'high'"),
     ("--momentum 1.5", "--momentum: 1.5 is not within 0 and 1"),
-    ("--weight-decay -1", "--weight-decay: -1 is not within 0"),
-    ("--eta -1", "--eta: -1 is not within 0"),
-    ("--radius-scale 0", "--radius-scale: 0 is not within 0.001"),
+    ("--weight-decay -1", "--weight-decay: -1 is not a number from 0 up"),
+    ("--eta -1", "--eta: -1 is not a number from 0 up"),
+    ("--radius-scale 0", "--radius-scale: 0 is not a number from 0.001 up"),
     ("--projector abc", "--projector abc: not widths such as"),
     ("--projector 2048,256", "--projector 2048,256: not widths such as"),
     ("--projector 64-0", "--projector 64-0: not widths such as"),
     ("--arch vgg11", "--arch: invalid choice: 'vgg11'"),
-    ("--size 4", "--size: 4 is not within 8"),
+    ("--size 4", "--size: 4 is not a number from 8 up"),
     ("--crop-scale 0.9 0.1", "--crop-scale [0.9, 0.1]: the smallest first"),
     ("--crop-scale 0 0", "--crop-scale [0.0, 0.0]: the smallest first, and not both 0"),
     ("--flip-p 2", "--flip-p: 2 is not within 0 and 1"),
@@ -853,7 +860,7 @@ def one_line(capfd, script, argv):
     ("--amp fp16", "--amp fp16: this CPU does not multiply it"),
     ("--amp int8", "--amp: invalid choice: 'int8'"),
     ("--device cuda", "--device cuda: no GPU"),
-    ("--workers -1", "--workers: -1 is not within 0"),
+    ("--workers -1", "--workers: -1 is not a number from 0 up"),
     ("--seed x", "--seed: invalid int"),
     ("--out {tmp}/file", "--out {tmp}/file: is a file; name a folder"),
     ("--frobnicate", "unrecognized arguments: --frobnicate"),
@@ -886,8 +893,8 @@ def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
             (eval_linear, [tmp_path / "flat"], "backbone.pt: no such file"),
             (eval_linear, [whole_run / "checkpoint.pt"], "checkpoint.pt: not a backbone"),
             (eval_linear, [whole_run, "--data", tmp_path / "flat"], "a probe needs labels"),
-            (eval_linear, [whole_run, "--lr", "-1"], "--lr: -1 is not within 0"),
-            (eval_linear, [whole_run, "--epochs", "0"], "--epochs: 0 is not within 1")):
+            (eval_linear, [whole_run, "--lr", "-1"], "--lr: -1 is not a number from 0 up"),
+            (eval_linear, [whole_run, "--epochs", "0"], "--epochs: 0 is not a number from 1 up")):
         assert words in one_line(capfd, script, argv)
     assert before == {file: file.read_bytes() for file in whole_run.iterdir()}
 
@@ -1032,6 +1039,17 @@ def training_step(args, device, repeats=6):
     return sorted(b - a for a, b in zip(stamps[2:], stamps[3:]))[repeats // 2]
 
 
+def training_step_of_process(rank, world, port, args):
+    torch.set_num_threads(1)
+    join_processes(rank, world, port)
+    whole = training_step(args, torch.device("cpu"))
+    if rank == 0:
+        print(f"training step of {world} CPU processes of one thread: {1e3 * whole:.0f} ms")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def network_step(args, device):
     """A function: forward and backward of backbone and projector alone on a batch at hand."""
     args = clamp.parse_args(args)
@@ -1098,6 +1116,18 @@ def benchmark():
         print(f"training step, ResNet-18, {stem} stem, {views} views of {batch} images: "
               f"{1e3 * whole:.0f} ms, forward and backward alone {1e3 * network:.0f} ms: "
               f"{whole / network:.2f} times as long")
+
+    few = 32 if device.type == "cpu" else 512
+    args = ["--recipe", "pictures", "--data", "patterns", "--epochs", "100"]
+    for views, batch in ((2, few), (4, few), (8, few), (2, 2 * few), (2, 4 * few)):
+        size = ["--views", str(views), "--batch-size", str(batch)]
+        whole = training_step([*args, *size, "--device", device.type], device)
+        print(f"training step, ImageNet stem, {views} views of {batch} images: {1e3 * whole:.0f} "
+              f"ms, {1e6 * whole / views / batch:.0f} us a view")
+    for world in (1, 2):
+        size = ["--views", "8", "--batch-size", "32", "--device", "cpu"]
+        torch.multiprocessing.spawn(
+            training_step_of_process, (world, free_port(), [*args, *size]), world)
 
     with tempfile.TemporaryDirectory() as folder:
         for k, picture in enumerate(pictures(96, 376, 500)):
