@@ -208,7 +208,8 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 # ---------------------------------------------------------------------------------------------
 # Augmentation. Batched on the images' device; every view of every image draws its own parameters.
 # The operators take float [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], and agree
-# with torchvision.transforms.functional on each picture to 1e-5 (in float32; TF32 is coarser).
+# with torchvision.transforms.functional on each picture to 1e-5 (in float32; TF32 is coarser). No
+# constant is copied to the device on the way, which would wait for it.
 # ---------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's networks
@@ -258,7 +259,8 @@ def resized_crop(x, boxes, flip, size):
 
 
 def luminance(x):
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def adjust_brightness(x, factor):
@@ -281,7 +283,7 @@ def adjust_hue(x, shift):
     r, g, b = x.split(1, dim=1)
     sector = torch.cat([g - b, b - r, r - g], 1).gather(1, argmax)
     hue = 2 * argmax + sector / chroma.where(chroma > 0, 1) + 6 * shift  # in sixths of a turn
-    k = (hue + hue.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    k = (hue + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -300,7 +302,7 @@ def gaussian_blur(x, sigma, kernel):
 
 
 def normalize(x):
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(-3), MEAN, STD)], -3)
 
 
 class MultiViewAugment:
@@ -353,8 +355,7 @@ class MultiViewAugment:
             return self.own(torch.empty(n, device=device).uniform_(low, high))
 
         def chance(p):  # p: one probability, or several that the views take in turn
-            p = [p[k % len(p)] for k in range(self.views)]
-            return uniform(0, 1) < torch.tensor(p, device=device)[:, None]
+            return torch.stack([row < p[k % len(p)] for k, row in enumerate(uniform(0, 1))])
 
         jittered = chance([self.jitter_p])
         factors = [uniform(max(0, 1 - s), 1 + s).where(jittered, 1) for s in self.jitter[:3]]
@@ -675,7 +676,7 @@ def view_batches(data, batches, augment, device, workers=0, seed=0):
     and those that cannot be decoded are reported after the last batch."""
     if data.resident:
         for rows in batches:
-            yield augment(data.images[rows.to(data.images.device)])
+            yield augment(data.images[rows.to(data.images.device, non_blocking=True)])
         return
     loader = torch.utils.data.DataLoader(
         [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
@@ -930,7 +931,8 @@ def train(args, loss_fn=packing_loss):
                 metrics = {"loss": loss.detach(), **geometry}
                 values = [torch.as_tensor(v, device=device).float() for v in metrics.values()]
                 history.append(torch.stack(values))
-                if step % 10 == 0 or step + 1 == steps:  # to read a number is to wait for the GPU
+                # Some 20 times an epoch: to read a number is to wait for the GPU.
+                if step % (steps // 20 + 1) == 0 or step + 1 == steps:
                     shown = dict(zip(list(metrics)[:3], history[-1].tolist()), lr=lr)
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                     bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)

@@ -725,7 +725,7 @@ def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monke
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
     def bad_loss(z, _):
         calls.append(1)
-        return z.square().mean() * (math.nan if len(calls) == 5 else 1), {"calls": len(calls)}
+        return z.square().mean() * (math.nan if len(calls) == 6 else 1), {"calls": len(calls)}
 
     def bad_gradient(z, _):
         calls.append(1)
