@@ -463,13 +463,10 @@ class UserError(Exception):
 
 @dataclass
 class Data:
-    images: torch.Tensor | list  # uint8 [n, 3, H, W], or the n files to stream
     labels: torch.Tensor  # int64 [n]; -1 where there is none
+    images: torch.Tensor | None = None  # uint8 [n, 3, H, W]; None: stream the files
+    files: list | None = None  # paths [n]; None for a data set by name
     unreadable: set = field(default_factory=set)  # files that could not be decoded
-
-    @property
-    def resident(self):
-        return torch.is_tensor(self.images)
 
 
 def wave(t):
@@ -544,7 +541,9 @@ def load_data(name, split="train", data_dir="data", limit=None, seed=0, resident
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
-    return Data(images, labels) if torch.is_tensor(images) else decode(images, labels, resident_gb)
+    if torch.is_tensor(images):
+        return Data(labels, images)
+    return decode(images, labels, resident_gb)
 
 
 def download(name, split, root):
@@ -552,18 +551,18 @@ def download(name, split, root):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank and dist.is_initialized():
         dist.barrier()  # one process of each node downloads
+    source = getattr(torchvision.datasets, name.upper())
     try:
         if name == "stl10":
             part = "train+unlabeled" if split == "pretrain" else split
-            data = torchvision.datasets.STL10(root, part, download=True)
+            data = source(root, part, download=True)
             images, labels = torch.from_numpy(data.data), data.labels
         else:
-            cifar = getattr(torchvision.datasets, name.upper())
-            data = cifar(root, train=split != "test", download=True)
+            data = source(root, train=split != "test", download=True)
             images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(f"--data {name}: cannot download to {root}/ ({error}); check the network, "
-                        f"or put the archive from torchvision's documentation there") from None
+                        f"or put {source.url} there") from None
     if not local_rank and dist.is_initialized():
         dist.barrier()
     return images.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
@@ -614,24 +613,24 @@ def report_unreadable(files):
 
 def decode(files, labels, resident_gb):
     """Data of the files: to be streamed where they differ in size or are too large."""
-    images, kept, unreadable = None, [], set()
+    kept, unreadable = [], set()
     bar = tqdm(files, "decoding", unit="image", leave=False, disable=rank_and_world()[0] > 0)
     for k, file in enumerate(bar):
         picture = read_picture(file)
         if picture is None:
             unreadable.add(file)
             continue
-        if images is None:
-            fits = picture.nbytes * len(files) <= resident_gb * 2**30 and max(picture.shape) <= 256
-            images = picture.new_empty(len(files), *picture.shape) if fits else files
-        if not torch.is_tensor(images) or picture.shape != images.shape[1:]:
-            return Data(files, labels)
+        fits = picture.nbytes * len(files) <= resident_gb * 2**30 and max(picture.shape) <= 256
+        if not fits or kept and picture.shape != images.shape[1:]:
+            return Data(labels, files=files)
+        if not kept:
+            images = picture.new_empty(len(files), *picture.shape)
         images[len(kept)] = picture
         kept.append(k)
     if not kept:
         raise UserError(f"--data: none of {len(files)} pictures such as {files[0]} can be decoded")
     report_unreadable(unreadable)
-    return Data(images[:len(kept)], labels[kept], unreadable)
+    return Data(labels[kept], images[:len(kept)], [files[k] for k in kept], unreadable)
 
 
 class CenterView:
@@ -674,14 +673,14 @@ def view_batches(data, batches, augment, device, workers=0, seed=0):
     """Yield augment's views of the images in each row of `batches` (indices [steps, b]). Images in
     memory are augmented on their device; files are decoded once and cropped by loader workers,
     and those that cannot be decoded are reported after the last batch."""
-    if data.resident:
+    if data.images is not None:
         for rows in batches:
             yield augment(data.images[rows.to(data.images.device, non_blocking=True)])
         return
     loader = torch.utils.data.DataLoader(
         [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda",
-        collate_fn=partial(crop_files, files=data.images, crop=augment.crop, seed=seed))
+        collate_fn=partial(crop_files, files=data.files, crop=augment.crop, seed=seed))
     found = set()
     for crops, unreadable in loader:
         yield augment.finish(crops.to(device, non_blocking=True))
@@ -745,8 +744,10 @@ def extract_features(backbone, data, rows, size, device, dtype, workers=0, desc=
     bar = tqdm(views, desc, len(batches), unit="batch", disable=rank > 0, leave=False)
     features = all_gather(torch.cat([embed(backbone, x, dtype) for x in bar]))
     features = features.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:n]
-    read = torch.tensor([data.resident or data.images[row] not in data.unreadable for row in rows])
-    return features[read.to(device)], rows[read]
+    if data.images is None:
+        read = torch.tensor([data.files[row] not in data.unreadable for row in rows])
+        features, rows = features[read.to(device)], rows[read]
+    return features, rows
 
 
 def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
@@ -794,11 +795,11 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_checkpoint(args):
-    """The checkpoint in args.out, or None; raises UserError where its settings are others."""
-    path = Path(args.out, "checkpoint.pt")
+def load_checkpoint(settings):
+    """The checkpoint in the run folder, or None; raises UserError where its settings are others."""
+    path = Path(settings["out"], "checkpoint.pt")
     # --fresh was meant for the first start, where torchrun has restarted this process.
-    fresh = args.fresh and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    fresh = settings["fresh"] and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if fresh or not path.exists():
         return None
     try:
@@ -809,11 +810,11 @@ def load_checkpoint(args):
                         "over, another --out keeps it") from None
     free = {"out", "fresh", "recipe", "device", "compile", "workers", "resident_gb", "data_dir",
             "knn_every"}  # what may differ
-    for name in sorted(vars(args).keys() - free):
-        if saved.get(name) != getattr(args, name):
-            flag, now = f"--{name.replace('_', '-')}", getattr(args, name)
-            raise UserError(f"{flag} is {now}, but {saved.get(name)} in the run in {args.out}/: "
-                            "--fresh starts that run over, another --out keeps it")
+    for name in sorted(settings.keys() - free):
+        if saved.get(name) != settings[name]:
+            flag = "the loss" if name == "loss" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is {settings[name]}, but {saved.get(name)} in the run in "
+                            f"{path.parent}/: --fresh starts it over, another --out keeps it")
     return checkpoint
 
 
@@ -844,7 +845,8 @@ def train(args, loss_fn=packing_loss):
     main, out = rank == 0, Path(args.out)
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
-    checkpoint = load_checkpoint(args)
+    settings = vars(args) | {"loss": getattr(loss_fn, "__name__", type(loss_fn).__name__)}
+    checkpoint = load_checkpoint(settings)
     start = checkpoint["epoch"] if checkpoint else 0
     if all_reduce(torch.tensor(start, device=device)) != start * world:
         raise UserError(f"--out {out}: its checkpoint.pt is not the same to all processes; name a "
@@ -855,13 +857,13 @@ def train(args, loss_fn=packing_loss):
         return
 
     data = load_data(args.data, "pretrain", args.data_dir, args.limit, args.seed, args.resident_gb)
-    n = len(data.images)
+    n = len(data.labels)
     if args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size}: only {n} images in {args.data}; lower it")
     if checkpoint and checkpoint["images"] != n:
         raise UserError(f"--data {args.data}: {n} images, but {checkpoint['images']} in the run in "
-                        f"{out}/: --fresh starts that run over, another --out keeps it")
-    if data.resident:
+                        f"{out}/: --fresh starts it over, another --out keeps it")
+    if data.images is not None:
         data.images = data.images.to(device)
     augment = MultiViewAugment(args.size, args.views, args.crop_scale, args.flip_p, args.jitter,
                                args.jitter_p, args.gray_p, args.blur_kernel, args.blur_p,
@@ -896,12 +898,14 @@ def train(args, loss_fn=packing_loss):
     if main:
         out.mkdir(parents=True, exist_ok=True)
         if not checkpoint:
-            for old in ("checkpoint.pt", "backbone.pt", "log.jsonl", "linear.json",
-                        "linear-random-init.json"):
-                (out / old).unlink(missing_ok=True)
+            for old in ("checkpoint.pt", "backbone.pt", "log.jsonl", "linear*.json",
+                        "geometry*.json"):
+                for file in out.glob(old):
+                    file.unlink()
         print(f"recipe {args.recipe}, {args.data}: {n} images "
-              f"{'in memory' if data.resident else 'streamed'}, {args.views} views of {args.size} "
-              f"px; {args.arch}, {args.stem} stem; {world} x {device.type}, {str(dtype)[6:]}; "
+              f"{'streamed' if data.images is None else 'in memory'}, {steps} steps an epoch of "
+              f"{args.batch_size} x {args.views} views of {args.size} px; {args.arch}, {args.stem} "
+              f"stem; {world} x {device.type}, {str(dtype)[6:]}; "
               f"{f'continuing after epoch {start} in' if start else 'writing'} {out}/", flush=True)
     with tqdm(total=args.epochs * steps * views_per_step, initial=start * steps * views_per_step,
               unit="view", unit_scale=True, disable=not main, mininterval=0.5) as bar:
@@ -960,19 +964,22 @@ def train(args, loss_fn=packing_loss):
                 record["knn"] = knn_accuracy(features, data.labels[rows].to(device))
             log.append(record)
             if main:
+                shown = [f"{k} {record[k]:.3g}" for k in list(metrics)[:3]]
                 if "knn" in record:
-                    bar.write(f"epoch {epoch + 1}: loss {record['loss']:.3f}, "
-                              f"20-NN {record['knn']:.1f} % of {len(rows)} training images")
+                    shown.append(f"20-NN {record['knn']:.1f} % of {len(rows)} training images")
+                bar.write(f"epoch {epoch + 1}: " + ", ".join(shown))
                 (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
                 save(out / "backbone.pt", {
                     "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
-                    "mean": MEAN, "std": STD, "backbone": backbone.state_dict()})
+                    "radius_scale": args.radius_scale, "epoch": epoch + 1, "mean": MEAN, "std": STD,
+                    "backbone": backbone.state_dict()})
                 save(out / "checkpoint.pt", {
-                    "epoch": epoch + 1, "images": n, "settings": vars(args), "log": log,
+                    "epoch": epoch + 1, "images": n, "settings": settings, "log": log,
                     "network": network.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict()})
     if main:
-        print(f"finished {out}/backbone.pt; next: python eval_linear.py {out}")
+        hint = f"; next: python eval_linear.py {out}" if len(labelled) > 1 else ""
+        print(f"finished {out}/backbone.pt{hint}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1072,6 +1079,7 @@ def parse_args(argv=None):
 
     if args.data is None:
         parser.error(f"--recipe {recipe} needs --data FOLDER")
+    args.data = str(Path(args.data))  # photos/ is photos
     if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
         parser.error(f"--projector {args.projector}: not widths such as 2048-256")
     if args.crop_scale[0] > args.crop_scale[1] or not args.crop_scale[1]:

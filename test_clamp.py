@@ -5,12 +5,14 @@
 """
 
 import ctypes
+import functools
 import json
 import math
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -500,6 +502,63 @@ def test_heads_equal_separate_torch_classifiers():
         torch.testing.assert_close(weight.T, head.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_finetuning_by_hand():
+    """Two layers, the first one's learning rate 0.05 of the second's, momentum and cosine."""
+    torch.manual_seed(0)
+    steps, lr = 6, 0.4
+    x, y = torch.randn(steps, 8, 3, 2, 2), torch.randint(4, (steps, 8))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, bias=False))
+    tuned, head = eval_linear.finetune(network, zip(x, y), steps, lr, (5, 4), torch.float32, "")
+    weights = [network[1].weight.detach(), torch.zeros(4, 5), torch.zeros(4)]
+    velocities = [torch.zeros_like(w) for w in weights]
+    for step in range(steps):
+        weights = [w.requires_grad_() for w in weights]
+        features = x[step].flatten(1) @ weights[0].T
+        F.cross_entropy(features @ weights[1].T + weights[2], y[step]).backward()
+        rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        velocities = [0.9 * v + w.grad for v, w in zip(velocities, weights)]
+        weights = [(w - rate * scale * v).detach()
+                   for w, v, scale in zip(weights, velocities, (0.05, 1, 1))]
+    ours = [tuned[1].weight, head.weight, head.bias]
+    torch.testing.assert_close([w.detach() for w in ours], weights, rtol=1e-4, atol=1e-6)
+    assert not tuned.training and not torch.equal(tuned[1].weight, network[1].weight)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction):
+    labels = torch.tensor([0] * 40 + [1] * 80 + [3] * 3)
+    data = clamp.Data(labels)
+    rows = eval_linear.labelled_rows(data, fraction, seed=0)
+    assert len(set(rows.tolist())) == len(rows)
+    assert labels[rows].bincount().tolist() == [40 * fraction, 80 * fraction, 0, 1]
+    assert torch.equal(rows, eval_linear.labelled_rows(data, fraction, seed=0))
+    assert not torch.equal(rows, eval_linear.labelled_rows(data, fraction, seed=1))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.04, 2.0])
+def test_spectrum_of_data_drawn_with_a_known_exponent(alpha):
+    torch.manual_seed(0)
+    scales = torch.arange(1, 201) ** (-alpha / 2)
+    rotation = torch.linalg.qr(torch.randn(200, 200)).Q
+    features = (torch.randn(20_000, 200) * scales) @ rotation + 3
+    eigenvalues, fitted = eval_linear.spectrum(features)
+    assert fitted == pytest.approx(alpha, abs=0.03)
+    assert eigenvalues[0] == pytest.approx(1, rel=0.05)
+    assert eigenvalues.sum() == pytest.approx(features.double().var(0).sum().item())
+
+
+def test_packing_of_classes_equals_the_equations():
+    clouds = embeddings(6, 5, 8, noise=0.8, dtype=torch.float32)
+    features, labels = clouds.flatten(0, 1), torch.arange(5).repeat(6)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([features[order], torch.randn(3, 8)])  # class 7 has more than the others
+    labels = torch.cat([labels[order] + (labels[order] == 4) * 3, torch.tensor([7, 7, 7])])
+    _, _, radii, neighbours = loop_loss(clouds.double(), 2.0)
+    geometry = eval_linear.class_packing(features, labels, 2.0)
+    assert geometry["radius"] == pytest.approx(sum(radii).item() / 5, rel=1e-5)
+    assert geometry["neighbours"] == pytest.approx(sum(neighbours) / 5)
+
+
 # ------------------------------------------------------------------------------ data
 
 
@@ -537,7 +596,7 @@ def test_folders(tmp_path):
     bee = Image.open(tmp_path / "small/train/bee/001.png")
     assert torch.equal(train.images[5], TF.pil_to_tensor(bee))
     assert clamp.load_data(str(tmp_path / "small"), "test").labels.tolist() == train.labels.tolist()
-    files = clamp.load_data(str(tmp_path / "small"), "train", resident_gb=1e-6).images
+    files = clamp.load_data(str(tmp_path / "small"), "train", resident_gb=1e-6).files
     assert [Path(f).name for f in files[:2]] == ["000.jpg", "001.png"]
     limited = clamp.load_data(str(tmp_path / "small"), "train", limit=5)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:5]
@@ -546,7 +605,7 @@ def test_folders(tmp_path):
 
     write_pictures(tmp_path / "mixed" / "deep", 4, ((40, 50), (70, 30)))
     mixed = clamp.load_data(str(tmp_path / "mixed"))
-    assert len(mixed.images) == 4 and not mixed.resident and (mixed.labels == -1).all()
+    assert len(mixed.files) == 4 and mixed.images is None and (mixed.labels == -1).all()
     with pytest.raises(clamp.UserError, match="no test/ or val/"):
         clamp.load_data(str(tmp_path / "mixed"), "test")
 
@@ -617,6 +676,7 @@ def failing_at(call, error):
     """The packing loss, but the given call raises `error`."""
     calls = []
 
+    @functools.wraps(clamp.packing_loss)  # runs remember the name of their loss
     def loss_fn(z, radius_scale):
         calls.append(1)
         if len(calls) == call:
@@ -759,7 +819,7 @@ def test_command_line_end_to_end(tmp_path):
     floors, result = [], run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()
     assert json.loads(result[-1]) == json.loads((out / "linear.json").read_text())
     assert json.loads(result[-1]).keys() == {
-        "top1", "top5", "knn", "lr", "data", "n_train", "n_test", "seconds"}
+        "top1", "top5", "knn", "lr", "data", "n_train", "n_test", "epoch", "seconds"}
     for _ in range(2):
         flags = ["--epochs", "2", "--random-init", "--limit", "500"]
         run("eval_linear.py", out / "backbone.pt", *flags)
@@ -799,6 +859,53 @@ def test_augmented_probe_learns_colours(tmp_path):
     args = eval_linear.parse_args([str(tmp_path / "run"), "--augment", "--epochs", "5"])
     result = eval_linear.evaluate(args)
     assert result["top1"] == 100 and result["n_train"] == 40
+
+
+def test_labels_transfer_finetuning_and_geometry_on_the_command_line(whole_run, tmp_path):
+    for part in ("train", "test"):
+        for k, name in enumerate(("ant", "bee", "cat")):
+            write_pictures(tmp_path / "insects" / part / name, 20, ((40, 50),), seed=100 * k)
+    (tmp_path / "list").write_text("ant/001.png\nbee/002.jpg\nant/003.png\ncat/001.png\n")
+    shutil.copy(whole_run / "backbone.pt", tmp_path)
+
+    def evaluate(*flags):
+        out = run("eval_linear.py", tmp_path, "--workers", "0", "--epochs", "2", *flags).stdout
+        return json.loads(out.splitlines()[-1])
+
+    insects = ["--data", tmp_path / "insects"]
+    transfer = evaluate(*insects)  # other pictures, of another size, with three classes
+    assert (transfer["n_train"], transfer["n_test"], transfer["top5"]) == (60, 60, 100)
+    assert evaluate(*insects, "--labels", tmp_path / "list")["n_train"] == 4
+    tuned = evaluate("--labels", "0.01", "--finetune", "--lr", "0.2")
+    assert (tuned["n_train"], tuned["n_test"], tuned["lr"]) == (50, 2000, 0.2)
+    for flags in [], ["--random-init"]:
+        geometry = evaluate("--geometry", *flags)
+        assert geometry["ranks"] == [10, 100] and geometry["alpha"] > 0
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        "linear-insects.json", "linear-insects-labels-list.json",
+        "linear-labels-0.01-finetune.json", "geometry.json", "geometry-random-init.json"}
+    spectrum = json.loads((tmp_path / "geometry.json").read_text())["eigenvalues"]
+    assert len(spectrum) == 512 and spectrum == sorted(spectrum, reverse=True)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_backbone_trains_in_a_detector(arch):
+    """backbone.pt has the very keys of the ResNet inside torchvision's Faster R-CNN."""
+    saved = clamp.build_backbone(arch).state_dict()
+    features = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name=arch, weights=None)
+    features.body.load_state_dict(saved)
+    assert torch.equal(features.body.layer4[1].conv2.weight, saved["layer4.1.conv2.weight"])
+    detector = torchvision.models.detection.FasterRCNN(features, num_classes=2, min_size=64)
+    picture = torch.zeros(3, 64, 64)
+    picture[:, 10:40, 20:60] = 1
+    target = {"boxes": torch.tensor([[20.0, 10.0, 60.0, 40.0]]), "labels": torch.tensor([1])}
+    optimizer = torch.optim.SGD(detector.parameters(), lr=1e-3)
+    losses = detector([picture], [target])
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(math.isfinite(loss.item()) for loss in losses.values())
+    assert not torch.equal(features.body.layer4[1].conv2.weight, saved["layer4.1.conv2.weight"])
 
 
 def no_network(*_, **__):
@@ -883,6 +990,7 @@ def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd
 
 def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
     write_pictures(tmp_path / "flat", 33, ((40, 50), (70, 30)))
+    (tmp_path / "list").write_text("absent.png\n")
     run_of = [*TINY, "--out", whole_run]
     before = {file: file.read_bytes() for file in whole_run.iterdir()}
     for script, argv, words in (
@@ -893,6 +1001,10 @@ def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
             (eval_linear, [tmp_path / "flat"], "backbone.pt: no such file"),
             (eval_linear, [whole_run / "checkpoint.pt"], "checkpoint.pt: not a backbone"),
             (eval_linear, [whole_run, "--data", tmp_path / "flat"], "a probe needs labels"),
+            (eval_linear, [whole_run, "--labels", "2"], "--labels: 2 is neither"),
+            (eval_linear, [whole_run, "--labels", "0"], "--labels: 0 is neither"),
+            (eval_linear, [whole_run, "--labels", "nosuch"], "neither a fraction up to 1 nor a"),
+            (eval_linear, [whole_run, "--labels", tmp_path / "list"], "0 training images, not of"),
             (eval_linear, [whole_run, "--lr", "-1"], "--lr: -1 is not a number from 0 up"),
             (eval_linear, [whole_run, "--epochs", "0"], "--epochs: 0 is not a number from 1 up")):
         assert words in one_line(capfd, script, argv)
@@ -937,10 +1049,27 @@ def test_recipes_are_flags_and_help_takes_a_line_each():
     assert "(default: 8.5)" in run("clamp.py", "--recipe", "imagenet1k", "--help").stdout
 
 
+def readme_code(words):
+    """The Python example in the README that contains the words."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    code, = [block for block in blocks if words in block]
+    return code
+
+
+def test_readme_example_packs_ten_clouds_until_none_overlap():
+    code = readme_code("optim.Adam")
+    assert len(code.splitlines()) <= 25
+    exec(code, names := {})
+    points, neighbours = names["history"][-1]
+    assert names["history"][0][1] == 9 and neighbours == 0
+    centers = points.mean(0)
+    radii = 4 * ((points - centers).square().sum((0, 2)) / 49 / 3).sqrt()
+    gaps = torch.cdist(centers, centers) - radii - radii[:, None]
+    assert gaps[~torch.eye(10, dtype=torch.bool)].min() > 0
+
+
 def test_readme_example_of_another_loss_trains(tmp_path):
-    readme = (HERE / "README.md").read_text()
-    code = re.search(r"```python\n(import torch\.nn\.functional.*?)```", readme, re.S).group(1)
-    assert "clamp.train" in code
+    code = readme_code("simclr")
     (tmp_path / "simclr.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
     run(tmp_path / "simclr.py", *TINY, "--out", tmp_path / "run")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
@@ -1134,7 +1263,7 @@ def benchmark():
             TF.to_pil_image(picture).save(f"{folder}/{k}.jpg")
         data, cpu = clamp.load_data(folder), torch.device("cpu")
         augment = clamp.MultiViewAugment(224, 4, jitter=(0.4, 0.4, 0.2, 0.1), blur_kernel=23)
-        usual = UsualFolder(data.images, 4, usual_transform(224, (0.4, 0.4, 0.2, 0.1), 23))
+        usual = UsualFolder(data.files, 4, usual_transform(224, (0.4, 0.4, 0.2, 0.1), 23))
         batches = torch.arange(96).view(-1, 16)
         ours = seconds(lambda: list(clamp.view_batches(data, batches, augment, device, 1)), device)
         loader = torch.utils.data.DataLoader(usual, 64, num_workers=1)
