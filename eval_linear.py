@@ -94,17 +94,19 @@ def train_heads(batches, steps, rates, shape, device, desc):
     batches: iterable of `steps` pairs of features [n, width] and labels [n], this process's share.
     shape: (width, classes). Returns weights [len(rates), width, classes].
     """
-    weight = torch.zeros(len(rates), *shape, device=device)
+    width, classes = shape
+    weight = torch.zeros(width, len(rates) * classes, device=device)  # one product for all
     velocity = torch.zeros_like(weight)
-    rates = torch.tensor(rates, device=device)[:, None, None]
+    rates = torch.tensor(rates, device=device).repeat_interleave(classes)
     rank, world = clamp.rank_and_world()
     bar = tqdm(batches, desc, steps, unit="step", disable=rank > 0, leave=False)
     for step, (x, y) in enumerate(bar):
-        error = (x @ weight).softmax(-1) - F.one_hot(y, shape[1])  # cross entropy's, in the logits
-        gradient = clamp.all_reduce(x.T @ error) / (len(x) * world)
+        error = (x @ weight).unflatten(1, (-1, classes)).softmax(-1)
+        error = error - F.one_hot(y, classes)[:, None]  # cross entropy's gradient in the logits
+        gradient = clamp.all_reduce(x.T @ error.flatten(1)) / (len(x) * world)
         velocity = 0.9 * velocity + gradient
         weight -= rates * clamp.lr_scale(step, 0, steps) * velocity
-    return weight
+    return weight.unflatten(1, (-1, classes)).transpose(0, 1)
 
 
 def finetune(backbone, batches, steps, lr, shape, dtype, desc):
