@@ -400,12 +400,14 @@ class MultiViewAugment:
 
 def build_backbone(arch, stem="imagenet"):
     """torchvision's `arch` with an identity for `fc`: images [n, 3, h, w] -> features [n, 512] or
-    [n, 2048]. The "small" stem (3x3 convolution of stride 1, no max-pool) is for 32 px images."""
+    [n, 2048]. The stems "small" (3x3 convolution of stride 1, no max-pool) and "medium" (stride 2,
+    no max-pool) are for images of 32 px: 4 and 2 px are left at the end, of "imagenet" 1."""
     backbone = getattr(torchvision.models, arch)()
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
-    if stem == "small":
-        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    if stem != "imagenet":
+        stride = 1 if stem == "small" else 2
+        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
     return backbone
@@ -578,7 +580,8 @@ def find_pictures(path, split):
     if split == "test":
         root = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
         if root is None:
-            raise UserError(f"--data {path}: no test/ or val/ folder in it to evaluate on")
+            raise UserError(f"--data {path}: no test/ or val/ folder in it; evaluation needs "
+                            "train/<class>/ and test/<class>/")
     files = []
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -1048,7 +1051,8 @@ def parse_args(argv=None):
     add("--momentum", type=share, help="momentum")
     add("--weight-decay", type=positive, help="weight decay, not of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="torchvision network")
-    add("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no max-pool")
+    add("--stem", choices=("imagenet", "medium", "small"),
+        help="small: 3x3 stride 1, no max-pool; medium: stride 2, quarter the cost")
     add("--projector", help="widths of the projector's layers")
     add("--size", type=number(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, metavar="S", help="smallest, largest part of the area")

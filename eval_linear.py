@@ -1,4 +1,4 @@
-"""What the frozen features of a backbone that clamp.py trained are worth.
+"""What the features of a backbone that clamp.py trained are worth.
 
     python eval_linear.py runs/patterns                     linear probe and 20-NN
     python eval_linear.py runs/cifar10 --augment            the published protocol: crops and flips
@@ -9,14 +9,14 @@
     python eval_linear.py runs/cifar10 --geometry           spectrum, and how the classes pack
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
-The backbone stays in eval mode and its features are extracted once (with --augment: every epoch).
-They are standardised by the training set's mean and standard deviation, an affine map that a
-linear classifier absorbs. One classifier for each learning rate is trained, all as one batched
-problem; the best on images held out of the training set gives the learning rate, a classifier is
-trained with it on all training images, and the test set is looked at once.
+For the probe the backbone stays in eval mode and its features are extracted once (with --augment:
+every epoch). They are standardised by the training set's mean and standard deviation, an affine
+map that a linear classifier absorbs. One classifier for each learning rate is trained, all as one
+batched problem; the best on images held out of the training set gives the learning rate, a
+classifier is trained with it on all training images, and the test set is looked at once.
 
 Prints a table, then one JSON line, which is written beside the backbone as well: linear.json, or
-with --random-init, --data, --labels or --finetune a name that says so; --geometry: geometry.json.
+geometry.json; other images, labels or methods than the plain ones are added to the name.
 """
 
 import argparse
@@ -25,21 +25,20 @@ import json
 import math
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import clamp
 
-# ---------------------------------------------------------------------------------------------
-# Backbone, labelled images and their features
-# ---------------------------------------------------------------------------------------------
-
-# A split of a data set: Data, the rows [n] of it in use, their features [n, f] and labels [n].
+# Data, and features [n, f] and labels [n] of the images `rows` [n] of it.
 Split = namedtuple("Split", "data rows features labels")
+POWER_LAW = 10, 100  # first and last rank of the eigenvalues to which a power law is fitted
 
 
 def load_backbone(path, pretrained=True):
@@ -68,23 +67,17 @@ def labelled_rows(data, labels, seed):
         order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
         classes = [order[data.labels[order] == k] for k in data.labels.unique()]
         return torch.cat([rows[:max(1, round(labels * len(rows)))] for rows in classes])
-    found = {}
+    rows_of = {}
     for row, file in enumerate(data.files or []):
         for name in Path(file).name, "/".join(Path(file).parts[-2:]):
-            found.setdefault(name, []).append(row)
-    names = Path(labels).read_text().split()
-    for name in names:
-        if len(found.get(name, [])) != 1:
-            raise clamp.UserError(f"--labels {labels}: {name} is the name of "
-                                  f"{len(found.get(name, []))} training images, not of one")
-    if not names:
-        raise clamp.UserError(f"--labels {labels}: names no image")
-    return torch.tensor([found[name][0] for name in names])
-
-
-# ---------------------------------------------------------------------------------------------
-# Classifiers
-# ---------------------------------------------------------------------------------------------
+            rows_of.setdefault(name, []).append(row)
+    names = filter(None, Path(labels).read_text().splitlines())
+    found = [(name, rows_of.get(name, [])) for name in names]
+    for name, rows in found:
+        if len(rows) != 1:
+            raise clamp.UserError(f"--labels {labels}: {name} is the name of {len(rows)} training "
+                                  "images, not of one; give it as class/name, and data as a folder")
+    return torch.tensor(sorted({row for _, (row,) in found}))
 
 
 def train_heads(batches, steps, rates, shape, device, desc):
@@ -120,60 +113,49 @@ def finetune(backbone, batches, steps, lr, shape, dtype, desc):
     head = nn.Linear(*shape, device=next(backbone.parameters()).device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    model = nn.Sequential(backbone, head)
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD([{"params": backbone.parameters(), "lr": 0.05 * lr},
-                                 {"params": head.parameters()}], lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: clamp.lr_scale(step, 0, steps))
+    network = nn.Sequential(backbone, head)
+    model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    optimizer = torch.optim.SGD([{"params": backbone.parameters(), "scale": 0.05},
+                                 {"params": head.parameters(), "scale": 1.0}], lr, momentum=0.9)
     scaler = torch.amp.GradScaler(head.weight.device.type, enabled=dtype == torch.float16)
+    bar = tqdm(batches, desc, steps, unit="step", disable=rank > 0, leave=False)
     with torch.enable_grad():
-        for x, y in tqdm(batches, desc, steps, unit="step", disable=rank > 0, leave=False):
+        for step, (x, y) in enumerate(bar):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"] * clamp.lr_scale(step, 0, steps)
             loss = F.cross_entropy(clamp.embed(model, x, dtype), y)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
+    for statistic in backbone.buffers() if world > 1 else []:  # of batch norm, each process's own
+        dist.broadcast(statistic, 0)
     return backbone.eval(), head
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %."""
+    """Top-k accuracy in %; logits that are not finite are wrong."""
     top = logits.topk(min(k, logits.shape[1])).indices
-    return 100 * (top == labels[:, None]).any(1).float().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------
-# Geometry
-# ---------------------------------------------------------------------------------------------
-
-RANKS = 10, 100  # of the eigenvalues to which the power law is fitted
+    right = (top == labels[:, None]).any(1) & logits.isfinite().all(1)
+    return 100 * right.float().mean().item()
 
 
 def spectrum(features):
     """Eigenvalues [f] of the covariance of features [n, f], in falling order, and the exponent
-    alpha of lambda_n ~ n^-alpha: least squares in log and log over RANKS, both included."""
-    eigenvalues = torch.linalg.eigvalsh(features.double().T.cov()).flip(0).clamp(min=1e-12)
-    low, high = RANKS
-    x = torch.arange(low, high + 1, dtype=torch.float64).log()
-    y = eigenvalues[low - 1:high].cpu().log()
+    alpha of lambda_n ~ n^-alpha: least squares in log and log over the ranks POWER_LAW."""
+    eigenvalues = torch.linalg.eigvalsh(features.double().T.cov()).flip(0)
+    first, last = POWER_LAW
+    x = torch.arange(first, last + 1, dtype=torch.float64).log()
+    y = eigenvalues[first - 1:last].cpu().log()
     return eigenvalues, -((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
 
 
 def class_packing(features, labels, radius_scale):
     """The packing loss's geometry with classes for images and their images, as many of each class
     as the smallest has, for views."""
-    m = labels.bincount().sort().values
-    m = m[m > 0][0]
+    m = labels.unique(return_counts=True)[1].min()
     classes = torch.stack([features[labels == k][:m] for k in labels.unique()], 1)
     return {k: v.item() for k, v in clamp.packing_loss(classes, radius_scale)[1].items()}
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -188,120 +170,120 @@ def evaluate(args):
     torch.manual_seed(args.seed)  # the same random network on all processes
     backbone, trained = load_backbone(args.run, pretrained=not args.random_init)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()
-    name, size = args.data or trained["data"], trained["size"]
+    name = args.data or trained["data"]
+    extract = partial(clamp.extract_features, size=trained["size"], device=device, dtype=dtype,
+                      workers=args.workers)
 
-    def load(part):
-        data = clamp.load_data(name, part, args.data_dir, args.limit if part == "train" else None,
-                               args.seed, args.resident_gb)
+    def load(part, limit=None, labels=None):
+        data = clamp.load_data(name, part, args.data_dir, limit, args.seed, args.resident_gb)
         if data.labels.min() < 0:
             raise clamp.UserError(f"--data {name}: a probe needs labels, train/<class>/ and test/"
                                   f"<class>/, which these {part} pictures lack; name another set")
         if data.images is not None:
             data.images = data.images.to(device)
-        rows = labelled_rows(data, args.labels if part == "train" else None, args.seed)
-        features, rows = extract(backbone, data, rows, f"{part} features")
+        rows = labelled_rows(data, labels, args.seed)
+        features, rows = extract(backbone, data, rows, desc=f"{part} features")
         return Split(data, rows, features, data.labels[rows].to(device))
 
-    def extract(network, data, rows, desc):
-        return clamp.extract_features(network, data, rows, size, device, dtype, args.workers, desc)
-
-    def finish(kind, result, hidden=()):
+    def finish(kind, result, **unprinted):
         """Print the result as a JSON line and write it beside the backbone."""
         result |= {"data": name, "epoch": 0 if args.random_init else trained["epoch"],
                    "seconds": round(time.time() - started, 1)}
-        parts = [kind, args.random_init and "random-init",
-                 name != trained["data"] and Path(name).resolve().name,
+        transfer = Path(name).resolve() != Path(trained["data"]).resolve()
+        parts = [kind, args.random_init and "random-init", transfer and Path(name).resolve().name,
+                 args.limit and f"limit-{args.limit}",
                  args.labels and f"labels-{Path(str(args.labels)).name}",
-                 args.finetune and "finetune"]
-        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+                 args.augment and "augment", args.finetune and "finetune"]
         if rank == 0:
-            print(json.dumps({k: v for k, v in result.items() if k not in hidden}))
+            print(json.dumps(result))
+            folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
             file = folder / ("-".join(filter(None, parts)) + ".json")
-            file.write_text(json.dumps(result) + "\n")
+            file.write_text(json.dumps(result | unprinted) + "\n")
         return result
 
+    test = load("test")
     if args.geometry:
-        test = load("test")
+        if len(test.labels) <= POWER_LAW[1] or test.labels.unique(return_counts=True)[1].min() < 2:
+            raise clamp.UserError(f"--geometry: more than {POWER_LAW[1]} test images are needed, "
+                                  "two of each class")
         eigenvalues, alpha = spectrum(test.features)
-        share = eigenvalues / eigenvalues.sum()
+        share = 100 * eigenvalues / eigenvalues.sum()
         packing = class_packing(test.features, test.labels, trained["radius_scale"])
-        result = {"alpha": round(alpha, 3), "ranks": RANKS,
-                  "participation_ratio": round(1 / share.square().sum().item(), 2),
-                  "classes": {k: round(v, 4) for k, v in packing.items()},
-                  "n_test": len(test.labels), "eigenvalues": eigenvalues.tolist()}
-        ranks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(share)]
-        print("eigenvalue   " + "".join(f"{k:8}" for k in ranks))
-        print("% of variance" + "".join(f"{100 * share[k - 1]:8.3f}" for k in ranks))
-        return finish("geometry", result, ["eigenvalues"])
+        shown = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(share)]
+        print("eigenvalue   " + "".join(f"{k:8}" for k in shown))
+        print("% of variance" + "".join(f"{share[k - 1]:8.3f}" for k in shown))
+        return finish("geometry", {
+            "alpha": round(alpha, 3), "ranks": POWER_LAW,
+            "participation_ratio": round(1e4 / share.square().sum().item(), 2),
+            "classes": {k: round(v, 4) for k, v in packing.items()},
+            "n_test": len(test.labels)}, eigenvalues=eigenvalues.tolist())
 
-    train, test = load("train"), load("test")
-    mean, std = train.features.mean(0), train.features.std(0) + 1e-6
+    train = load("train", args.limit, args.labels)
+    mean, std = train.features.mean(0), train.features.std(0)
+    std = std.clamp(min=0.01 * std.mean().item())  # dead here, perhaps not in a crop
     width, classes = train.features.shape[1], int(train.data.labels.max()) + 1
-    augment = clamp.MultiViewAugment(size, 1, jitter_p=0, gray_p=0, blur_p=[0], solarize_p=[0])
+    crop_and_flip = clamp.MultiViewAugment(trained["size"], 1, jitter_p=0, gray_p=0, blur_p=[0])
 
     def standardise(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column's weight is the bias
 
-    def steps_of(indices):
-        """Steps of an epoch over the images `indices`, and images a step of each process."""
-        batch = max(1, min(args.batch_size, len(indices)) // world)
-        return len(indices) // (batch * world), batch
-
-    def shares(indices):
-        """Of every epoch: its seed, and this process's part of `indices`, [steps, batch]."""
-        steps, batch = steps_of(indices)
-        for seed in range(args.seed, args.seed + args.epochs):
+    def batches(indices, steps):
+        """This process's part of every batch of every epoch, and its labels: views for --augment
+        and --finetune, else standardised features."""
+        batch = len(indices) // (steps * world)
+        for epoch in range(args.epochs):
+            seed = 10_000 * args.seed + epoch
             torch.manual_seed(seed)
             order = indices[torch.randperm(len(indices))][:steps * world * batch]
-            yield seed, order.view(steps, world, batch)[:, rank]
-
-    def view_batches(indices):
-        for seed, share in shares(indices):
-            views = clamp.view_batches(train.data, train.rows[share], augment, device,
-                                       args.workers, seed)
-            # views first, so that they are exhausted; one view of each image
-            for (x,), picked in zip(views, share.to(device)):
-                yield x, train.labels[picked]
-
-    def feature_batches(indices):
-        if args.augment:
-            for x, y in view_batches(indices):
-                yield standardise(clamp.embed(backbone, x, dtype)), y
-        else:
-            for _, share in shares(indices):
-                for picked in share.to(device):
-                    yield standardise(train.features[picked]), train.labels[picked]
+            share = order.view(steps, world, batch)[:, rank]
+            if args.augment or args.finetune:
+                views = clamp.view_batches(train.data, train.rows[share], crop_and_flip, device,
+                                           args.workers, seed)
+                # views first, so that they run to their end; one view of each image
+                yield from ((x, train.labels[i]) for (x,), i in zip(views, share.to(device)))
+            else:
+                yield from ((standardise(train.features[i]), train.labels[i])
+                            for i in share.to(device))
 
     def fit(indices, rates, desc):
-        """Train on the training images `indices`, once with each learning rate. Returns as many
-        functions of a split and indices of its images that give logits."""
-        steps = args.epochs * steps_of(indices)[0]
-        if not args.finetune:
-            weights = train_heads(feature_batches(indices), steps, rates, (width + 1, classes),
-                                  device, desc)
-            return [lambda split, i, w=w: standardise(split.features[i]) @ w for w in weights]
-        networks = [finetune(backbone, view_batches(indices), steps, rate, (width, classes), dtype,
-                             f"{desc} {rate:g}") for rate in rates]
-        return [lambda split, i, network=network, head=head:
-                head(extract(network, split.data, split.rows[i], desc)[0])
-                for network, head in networks]
+        """Train on the training images `indices`, once with each learning rate. Returns for each
+        a network and a function from its features to logits."""
+        steps = math.ceil(len(indices) / args.batch_size)
+        total = args.epochs * steps
+        if args.finetune:
+            return [finetune(backbone, batches(indices, steps), total, rate, (width, classes),
+                             dtype, f"{desc} {rate:g}") for rate in rates]
+        pairs = batches(indices, steps)
+        if args.augment:
+            pairs = ((standardise(clamp.embed(backbone, x, dtype)), y) for x, y in pairs)
+        weights = train_heads(pairs, total, rates, (width + 1, classes), device, desc)
+        return [(backbone, lambda x, w=w: standardise(x) @ w) for w in weights]
+
+    def logits(split, i, network, classify):
+        if network is backbone:
+            return classify(split.features[i])
+        return classify(extract(network, split.data, split.rows[i], desc="features")[0])
 
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(args.seed))
     tenth = math.ceil(len(order) / 10)
     held_out, kept = order[:tenth], order[tenth:]
-    sweep = [accuracy(classify(train, held_out), train.labels[held_out])
-             for classify in fit(kept, args.lr, "learning rate")]
+    if len(kept) < 2 * world:
+        raise clamp.UserError(f"--labels {args.labels}, --limit {args.limit}: {len(order)} images "
+                              "are too few to train on")
+    sweep = [accuracy(logits(train, held_out, *classifier), train.labels[held_out])
+             for classifier in fit(kept, args.lr, "learning rate")]
     lr = args.lr[sweep.index(max(sweep))]
-    classify, = fit(order, [lr], "final classifier")
-    logits = classify(test, torch.arange(len(test.labels)))
+    classifier, = fit(order, [lr], "final classifier")
+    output = logits(test, torch.arange(len(test.labels)), *classifier)
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
-    result = {"top1": round(accuracy(logits, test.labels), 2),
-              "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
+    result = {"top1": round(accuracy(output, test.labels), 2),
+              "top5": round(accuracy(output, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
               "n_train": len(order), "n_test": len(test.labels)}
     if rank == 0:
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")
-        print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result))
+        print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result)
+              + " (before fine-tuning)" * args.finetune)
     return finish("linear", result)
 
 
@@ -318,29 +300,34 @@ def fraction_or_file(text):
 
 
 def parse_args(argv=None):
-    parser = clamp.Parser("eval_linear.py", description="Evaluate a run of clamp.py.")
+    parser = clamp.Parser("eval_linear.py RUN", description="Evaluate a run of clamp.py.")
     count, positive = clamp.number(int, 1), clamp.number(float, 0)
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
     add("--limit", type=count, help="train on the first LIMIT images of a seeded shuffle")
     add("--labels", type=fraction_or_file, metavar="PART",
-        help="use this fraction of each class's labels, or those of the files listed in a file")
-    add("--finetune", action="store_true", help="train the backbone too, on random crops and flips")
-    add("--augment", action="store_true", help="train on random crops and flips, as published")
+        help="train on this fraction of each class (1: all), or on the images that a file names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
-    add("--geometry", action="store_true", help="measure the features' geometry; trains nothing")
-    add("--lr", type=positive, nargs="+", help="learning rates to choose from "
-        "(default: .003 .01 .03 .1 .3; --finetune: .1 .2 .4 .8)", default=argparse.SUPPRESS)
+    method = parser.add_mutually_exclusive_group().add_argument
+    method("--augment", action="store_true", help="probe on random crops and flips, as published")
+    method("--finetune", action="store_true", help="train the backbone too, on crops and flips")
+    method("--geometry", action="store_true", help="measure the features' geometry; trains nothing")
+    add("--lr", type=positive, nargs="+", default=argparse.SUPPRESS,
+        help="learning rates to choose from (default: .003 .01 .03 .1 .3; finetune: .1 .2 .4 .8)")
     add("--epochs", type=count, default=argparse.SUPPRESS,
-        help="passes over the training images (default: 100; --finetune: 20)")
-    add("--batch-size", type=count, default=256, help="images a step, over all processes")
+        help="passes over the training images (default: 100; finetune: 20)")
+    add("--batch-size", type=clamp.number(int, 2), default=256,
+        help="images a step, over all processes")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)
+    if args.geometry and (args.limit or args.labels):
+        parser.error("--geometry: is of the test images; leave --limit and --labels out")
+    defaults = dict(lr=[0.003, 0.01, 0.03, 0.1, 0.3], epochs=100)
+    if args.finetune:
+        defaults = dict(lr=[0.1, 0.2, 0.4, 0.8], epochs=20)  # published
+    args = argparse.Namespace(**defaults | vars(args))
     args.data = args.data and str(Path(args.data))  # photos/ is photos
-    tuned = [0.1, 0.2, 0.4, 0.8], 20  # the published range, and epochs, of fine-tuning
-    rates, epochs = tuned if args.finetune else ([0.003, 0.01, 0.03, 0.1, 0.3], 100)
-    args.lr, args.epochs = getattr(args, "lr", rates), getattr(args, "epochs", epochs)
     return args
 
 

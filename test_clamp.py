@@ -401,13 +401,16 @@ def test_every_view_of_every_image_is_its_own():
 
 
 @pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_backbone_has_torchvisions_keys(arch, features, stem):
+@pytest.mark.parametrize("stem, left", [("imagenet", 1), ("medium", 2), ("small", 4)])
+def test_backbone_has_torchvisions_keys(arch, features, stem, left):
     backbone = clamp.build_backbone(arch, stem)
     theirs = getattr(torchvision.models, arch)()
     expected = {k for k in theirs.state_dict() if not k.startswith("fc.")}
     assert backbone.state_dict().keys() == expected
     assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, features)
+    backbone.avgpool = torch.nn.Identity()
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, features * left**2)
+    backbone.avgpool = theirs.avgpool
     if stem == "imagenet":
         theirs.fc = torch.nn.Identity()
         theirs.load_state_dict(backbone.state_dict())
@@ -823,7 +826,7 @@ def test_command_line_end_to_end(tmp_path):
     for _ in range(2):
         flags = ["--epochs", "2", "--random-init", "--limit", "500"]
         run("eval_linear.py", out / "backbone.pt", *flags)
-        floor = json.loads((out / "linear-random-init.json").read_text())
+        floor = json.loads((out / "linear-random-init-limit-500.json").read_text())
         floors.append(floor["knn"])
     assert floor["n_train"] == 500 and floor["n_test"] == 2000 and floors[0] == floors[1]
     assert json.loads((out / "linear.json").read_text()) == json.loads(result[-1])
@@ -838,12 +841,14 @@ def test_two_processes_train_and_evaluate(tmp_path):
     run(*torchrun, "clamp.py", *TINY, "--out", tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
     results = []
+    flags = ["--epochs", "2", "--amp", "off", "--lr", "0.03"]
     for launch in ([], torchrun):
-        flags = ["--epochs", "2", "--amp", "off", "--lr", "0.03"]
         out = run(*launch, "eval_linear.py", tmp_path, *flags).stdout
         results.append(json.loads(out.splitlines()[-1]))
         del results[-1]["seconds"]
     assert results[0] == results[1]
+    run(*torchrun, "eval_linear.py", tmp_path, *flags, "--finetune", "--labels", "0.01")
+    assert json.loads((tmp_path / "linear-labels-0.01-finetune.json").read_text())["n_train"] == 50
 
 
 def test_augmented_probe_learns_colours(tmp_path):
@@ -990,6 +995,8 @@ def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd
 
 def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
     write_pictures(tmp_path / "flat", 33, ((40, 50), (70, 30)))
+    write_pictures(tmp_path / "lost" / "train" / "ant", 4)
+    write_pictures(tmp_path / "lost" / "test", 4)
     (tmp_path / "list").write_text("absent.png\n")
     run_of = [*TINY, "--out", whole_run]
     before = {file: file.read_bytes() for file in whole_run.iterdir()}
@@ -1000,11 +1007,15 @@ def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
             (eval_linear, [tmp_path / "nothing"], "nothing: no such file; name a run folder"),
             (eval_linear, [tmp_path / "flat"], "backbone.pt: no such file"),
             (eval_linear, [whole_run / "checkpoint.pt"], "checkpoint.pt: not a backbone"),
-            (eval_linear, [whole_run, "--data", tmp_path / "flat"], "a probe needs labels"),
+            (eval_linear, [whole_run, "--data", tmp_path / "flat"], "no test/ or val/ folder in"),
+            (eval_linear, [whole_run, "--data", tmp_path / "lost"], "a probe needs labels"),
             (eval_linear, [whole_run, "--labels", "2"], "--labels: 2 is neither"),
             (eval_linear, [whole_run, "--labels", "0"], "--labels: 0 is neither"),
             (eval_linear, [whole_run, "--labels", "nosuch"], "neither a fraction up to 1 nor a"),
             (eval_linear, [whole_run, "--labels", tmp_path / "list"], "0 training images, not of"),
+            (eval_linear, [whole_run, "--limit", "2"], "--limit 2: 2 images are too few"),
+            (eval_linear, [whole_run, "--geometry", "--limit", "9"], "leave --limit and --labels"),
+            (eval_linear, [whole_run, "--geometry", "--finetune"], "--finetune: not allowed with"),
             (eval_linear, [whole_run, "--lr", "-1"], "--lr: -1 is not a number from 0 up"),
             (eval_linear, [whole_run, "--epochs", "0"], "--epochs: 0 is not a number from 1 up")):
         assert words in one_line(capfd, script, argv)
