@@ -72,7 +72,7 @@ RECIPES = {
     "imagenet1k": IMAGENET100 | dict(epochs=100, lr=1.1),
     "patterns": PATTERNS,
     "pictures": PATTERNS | dict(  # ours, for folders
-        data=None, views=2, batch_size=128, epochs=16, lr=0.4, knn_every=4,
+        data=None, stem="medium", views=2, batch_size=128, epochs=16, lr=0.4, knn_every=4,
     ),
 }
 
