@@ -1258,7 +1258,7 @@ def benchmark():
               f"{whole / network:.2f} times as long")
 
     few = 32 if device.type == "cpu" else 512
-    args = ["--recipe", "pictures", "--data", "patterns", "--epochs", "100"]
+    args = ["--recipe", "pictures", "--stem", "imagenet", "--data", "patterns", "--epochs", "100"]
     for views, batch in ((2, few), (4, few), (8, few), (2, 2 * few), (2, 4 * few)):
         size = ["--views", str(views), "--batch-size", str(batch)]
         whole = training_step([*args, *size, "--device", device.type], device)
