@@ -314,7 +314,7 @@ def parse_args(argv=None):
     method("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     method("--geometry", action="store_true", help="measure the features' geometry; trains nothing")
     add("--lr", type=positive, nargs="+", default=argparse.SUPPRESS,
-        help="learning rates to choose from (default: .003 .01 .03 .1 .3; finetune: .1 .2 .4 .8)")
+        help="rates to choose from (default: .001 .003 .01 .03 .1 .3; finetune: .1 .2 .4 .8)")
     add("--epochs", type=count, default=argparse.SUPPRESS,
         help="passes over the training images (default: 100; finetune: 20)")
     add("--batch-size", type=clamp.number(int, 2), default=256,
@@ -323,7 +323,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.geometry and (args.limit or args.labels):
         parser.error("--geometry: is of the test images; leave --limit and --labels out")
-    defaults = dict(lr=[0.003, 0.01, 0.03, 0.1, 0.3], epochs=100)
+    defaults = dict(lr=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3], epochs=100)
     if args.finetune:
         defaults = dict(lr=[0.1, 0.2, 0.4, 0.8], epochs=20)  # published
     args = argparse.Namespace(**defaults | vars(args))

@@ -735,6 +735,13 @@ def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path):
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_max_reach_bounds_who_is_a_neighbour(tmp_path):
+    few = ["--epochs", "1", "--warmup-epochs", "0"]
+    for reach, neighbours in (("0.001", 0), ("2.5", 31)):  # centres are at most 2 apart
+        train_once(tmp_path / reach, *few, "--max-reach", reach)
+        assert json.loads((tmp_path / reach / "log.jsonl").read_text())["neighbours"] == neighbours
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
     command = [sys.executable, "clamp.py", *TINY, "--out", str(tmp_path)]
@@ -951,6 +958,7 @@ def one_line(capfd, script, argv):
     ("--weight-decay -1", "--weight-decay: -1 is not a number from 0 up"),
     ("--eta -1", "--eta: -1 is not a number from 0 up"),
     ("--radius-scale 0", "--radius-scale: 0 is not a number from 0.001 up"),
+    ("--max-reach 0", "--max-reach: 0 is not a number from 0.001 up"),
     ("--projector abc", "--projector abc: not widths such as"),
     ("--projector 2048,256", "--projector 2048,256: not widths such as"),
     ("--projector 64-0", "--projector 64-0: not widths such as"),
@@ -1250,8 +1258,8 @@ def benchmark():
 
     for stem, views in (("small", 4), ("imagenet", 8)):
         batch = 512 if device.type == "cuda" else 32
-        args = ["--recipe", "cifar10", "--data", "patterns", "--stem", stem, "--views", str(views),
-                "--batch-size", str(batch), "--device", device.type]
+        args = ["--recipe", "cifar10-published", "--data", "patterns", "--stem", stem,
+                "--views", str(views), "--batch-size", str(batch), "--device", device.type]
         network, whole = seconds(network_step(args, device), device), training_step(args, device)
         print(f"training step, ResNet-18, {stem} stem, {views} views of {batch} images: "
               f"{1e3 * whole:.0f} ms, forward and backward alone {1e3 * network:.0f} ms: "
