@@ -841,7 +841,8 @@ def train(args, loss_fn=packing_loss):
     """Train as args (from parse_args) say and write the run folder args.out.
 
     loss_fn(z, radius_scale) -> (loss, geometry): z float32 [m, b, d], this process's images;
-    geometry, a dict of scalars to show and log, may be empty. packing_loss gets args.max_reach too.
+    geometry, a dict of scalars to show and log, may be empty. packing_loss itself, but no wrapper
+    of it, gets args.max_reach too.
 
     Raises UserError where the data or an earlier run in args.out do not fit, where the run
     diverges and where it cannot be saved.

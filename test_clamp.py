@@ -727,7 +727,7 @@ def test_run_interrupted_in_an_epoch_and_in_a_save_ends_as_the_whole_one(whole_r
 
 def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path):
     write_pictures(tmp_path / "photos", 64, ((40, 50), (70, 30)))
-    data = ["--data", str(tmp_path / "photos")]
+    data = ["--data", str(tmp_path / "photos"), "--max-reach", "1.5"]  # failing_at's
     train_once(tmp_path / "whole", *data)
     with pytest.raises(KeyboardInterrupt):
         train_once(tmp_path / "parts", *data, loss_fn=failing_at(5, KeyboardInterrupt))
