@@ -7,7 +7,7 @@ labels. Method and published settings: arXiv 2506.13717.
     python clamp.py                      a laptop's CPU: drawn textures, nothing to download
     python clamp.py --data photos        your own folder of pictures
     python clamp.py --data cifar10       downloads it; an hour on a laptop
-    torchrun clamp.py --recipe cifar10-published     one GPU, the published settings
+    python clamp.py --recipe cifar10-published       one GPU, the published settings
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet      one node
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         clamp.py --recipe imagenet1k --data imagenet     many nodes; --out on a shared disk
@@ -47,8 +47,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# Recipes: the published settings (arXiv 2506.13717 and the authors' release), and three of ours.
-# Every key is also a flag.
+# Recipes: the published settings (arXiv 2506.13717 and the authors' release), and three of ours
+# (32 px, SGD without LARS, a laptop's CPU). Every key is also a flag.
 # ---------------------------------------------------------------------------------------------
 
 PUBLISHED = dict(  # for CIFAR-10
@@ -163,9 +163,9 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + eps_radius).sqrt()  # r_i
 
-        # As in molecular dynamics with ghost particles: each process sums the energy's derivatives
-        # in the places and radii of its own images over everyone's, which come without gradient;
-        # in blocks of rows, so that memory grows with b and not with b^2.
+        # The gradient is written out, since autograd would keep b x b numbers: for each of this
+        # process's images, dE/dZ_i and dE/dr_i, summed over the images of all ("ghosts", as in
+        # molecular dynamics) a block of rows at a time.
         particles = torch.cat([centers, radii[:, None]], 1)
         ghosts = all_gather(particles.detach())
         y = ghosts[:, :-1] - ghosts[:, :-1].mean(0)
@@ -187,6 +187,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
             stress = 2 * overlap / reach  # -d overlap^2 / d distance
             push = stress / distance  # along Z_i - Z_j
             shrink = (stress * (1 - overlap)).where(reach < max_reach, 0)  # d overlap^2 / d r_i
+            # d/d(Z_i, r_i) of sum_j overlap_ij^2
             derivatives.append(torch.cat([push @ y - push.sum(1, keepdim=True) * x,
                                           shrink.sum(1, keepdim=True)], 1))
             counts = pairs.sum(1)
@@ -577,7 +578,7 @@ def download(name, split, root):
 def find_pictures(path, split):
     """Files and labels below path/train, path/test or path/val; or below path, without labels."""
     if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder, and not one of {', '.join(DATASETS)}")
+        raise UserError(f"--data {path}/: no such folder, and not one of {', '.join(DATASETS)}")
     labelled = (path / "train").is_dir()
     root = path / "train" if labelled else path
     classes = sorted(f.name for f in root.iterdir() if f.is_dir() and f.name[0] != ".")
@@ -886,10 +887,10 @@ def train(args, loss_fn=packing_loss):
     backbone = build_backbone(args.arch, args.stem)
     projector = build_projector(backbone.num_features, args.projector)
     network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-    if device.type == "cuda" and world > 1:
+    if device.type == "cuda" and world > 1:  # CPUs have no synchronised batch norm
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
-    state = [t for t in network.state_dict().values() if t.is_floating_point()]
+    watched = [t for t in network.state_dict().values() if t.is_floating_point()]
     optimizer = LARS(network.parameters(), args.lr, args.eta, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     log = []
@@ -950,9 +951,10 @@ def train(args, loss_fn=packing_loss):
                     shown = dict(zip(list(metrics)[:3], history[-1].tolist()), lr=lr)
                     bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                     bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-                    loss_fits = math.isfinite(shown["loss"]) or scaler.is_enabled()  # fp16 skips it
-                    norms = torch.stack(torch._foreach_norm(state))
-                    if not loss_fits or not norms.isfinite().all():
+                    # In fp16 a loss may overflow: GradScaler skips that step.
+                    loss_ok = scaler.is_enabled() or math.isfinite(shown["loss"])
+                    norms = torch.stack(torch._foreach_norm(watched))
+                    if not loss_ok or not norms.isfinite().all():
                         raise UserError(f"step {epoch * steps + step + 1}: {bar.postfix}: the loss "
                                         f"or a weight is not finite; {out}/ keeps epoch {epoch}; "
                                         "start over with a lower --lr, or --amp off")
@@ -1022,6 +1024,12 @@ def number(kind, low, high=sys.float_info.max):
     return convert
 
 
+def data_name(text):
+    """A data set's name, or a folder's: photos/ is photos, but cifar10/ is not the data set."""
+    folder = str(Path(text))
+    return text if text in DATASETS else folder + "/" * (folder in DATASETS)
+
+
 def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
@@ -1037,27 +1045,27 @@ def add_machine_flags(parser):
 
 def parse_args(argv=None):
     """Settings from the command line, or from the list argv: a recipe's, overridden by flags."""
-    count, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    count, nonnegative, share = number(int, 1), number(float, 0), number(float, 0, 1)
     parser = Parser("clamp.py", add_help=False,
                     description="Train CLAMP. --recipe NAME --help shows that recipe's defaults.")
     add = parser.add_argument
     add("--recipe", choices=RECIPES,
         help="settings that flags override; default: as --data, cifar10 for its kin, else pictures")
-    add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
+    add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=count, help="use the first LIMIT images of a seeded shuffle")
     add("--out", help="run folder (default: runs/<data>)", default=argparse.SUPPRESS)
     add("--fresh", action="store_true", help="start the run in --out over")
     add("--radius-scale", type=number(float, 1e-3), help="r_s, size of the ellipsoids")
     add("--max-reach", type=number(float, 1e-3), help="cap on the sum of two radii")
     add("--views", type=number(int, 2), help="m, views of an image")
-    add("--batch-size", type=count, help="b, images a step, over all processes")
+    add("--batch-size", type=number(int, 2), help="b, images a step, over all processes")
     add("--epochs", type=count, help="passes over the images")
-    add("--warmup-epochs", type=positive,
+    add("--warmup-epochs", type=nonnegative,
         help="linear warm-up, then a cosine to 0; by default at most a third of --epochs")
-    add("--lr", type=positive, help="peak learning rate, times batch/256")
-    add("--eta", type=positive, help="LARS trust coefficient; 0: plain SGD")
+    add("--lr", type=nonnegative, help="peak learning rate, times batch/256")
+    add("--eta", type=nonnegative, help="LARS trust coefficient; 0: plain SGD")
     add("--momentum", type=share, help="momentum")
-    add("--weight-decay", type=positive, help="weight decay, not of biases and norms")
+    add("--weight-decay", type=nonnegative, help="weight decay, not of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="torchvision network")
     add("--stem", choices=("imagenet", "medium", "small"),
         help="small: 3x3 stride 1, no max-pool; medium: stride 2, quarter the cost")
@@ -1065,7 +1073,7 @@ def parse_args(argv=None):
     add("--size", type=number(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, metavar="S", help="smallest, largest part of the area")
     add("--flip-p", type=share, help="probability of a flip")
-    add("--jitter", type=positive, nargs=4, metavar="J",
+    add("--jitter", type=nonnegative, nargs=4, metavar="J",
         help="strength of brightness, contrast, saturation, hue")
     add("--jitter-p", type=share, help="probability of colour jitter")
     add("--gray-p", type=share, help="probability of grey")
@@ -1091,7 +1099,6 @@ def parse_args(argv=None):
 
     if args.data is None:
         parser.error(f"--recipe {recipe} needs --data FOLDER")
-    args.data = str(Path(args.data))  # photos/ is photos
     if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
         parser.error(f"--projector {args.projector}: not widths such as 2048-256")
     if args.crop_scale[0] > args.crop_scale[1] or not args.crop_scale[1]:
@@ -1120,7 +1127,7 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; the same command goes on", file=sys.stderr)
+            print("interrupted; the same command, without --fresh, goes on", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()

@@ -301,10 +301,11 @@ def fraction_or_file(text):
 
 def parse_args(argv=None):
     parser = clamp.Parser("eval_linear.py RUN", description="Evaluate a run of clamp.py.")
-    count, positive = clamp.number(int, 1), clamp.number(float, 0)
+    count, nonnegative = clamp.number(int, 1), clamp.number(float, 0)
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
-    add("--data", help="data set or folder; default: what the run was trained on")
+    add("--data", type=clamp.data_name,
+        help="data set or folder; default: what the run was trained on")
     add("--limit", type=count, help="train on the first LIMIT images of a seeded shuffle")
     add("--labels", type=fraction_or_file, metavar="PART",
         help="train on this fraction of each class (1: all), or on the images that a file names")
@@ -313,7 +314,7 @@ def parse_args(argv=None):
     method("--augment", action="store_true", help="probe on random crops and flips, as published")
     method("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     method("--geometry", action="store_true", help="measure the features' geometry; trains nothing")
-    add("--lr", type=positive, nargs="+", default=argparse.SUPPRESS,
+    add("--lr", type=nonnegative, nargs="+", default=argparse.SUPPRESS,
         help="rates to choose from (default: .001 .003 .01 .03 .1 .3; finetune: .1 .2 .4 .8)")
     add("--epochs", type=count, default=argparse.SUPPRESS,
         help="passes over the training images (default: 100; finetune: 20)")
@@ -327,7 +328,6 @@ def parse_args(argv=None):
     if args.finetune:
         defaults = dict(lr=[0.1, 0.2, 0.4, 0.8], epochs=20)  # published
     args = argparse.Namespace(**defaults | vars(args))
-    args.data = args.data and str(Path(args.data))  # photos/ is photos
     return args
 
 

@@ -941,7 +941,7 @@ def one_line(capfd, script, argv):
 @pytest.mark.parametrize("flags, words", [
     ("--views 1", "--views: 1 is not a number from 2 up"),
     ("--views two", "--views: invalid int value: 'two'"),
-    ("--batch-size 0", "--batch-size: 0 is not a number from 1 up"),
+    ("--batch-size 1", "--batch-size: 1 is not a number from 2 up"),
     ("--batch-size 6000", "--batch-size 6000: only 5000 images"),
     ("--limit 0", "--limit: 0 is not a number from 1 up"),
     ("--limit 20", "--batch-size 32: only 20 images"),
@@ -973,7 +973,8 @@ def one_line(capfd, script, argv):
     ("--blur-kernel 33", "--blur-kernel 33: not odd, or more than --size 32"),
     ("--recipe resnet", "--recipe: invalid choice: 'resnet'"),
     ("--recipe imagenet1k", "--recipe imagenet1k needs --data FOLDER"),
-    ("--data no/such", "--data no/such: no such folder, and not one of patterns, cifar10"),
+    ("--data no/such", "--data no/such/: no such folder, and not one of patterns, cifar10"),
+    ("--data cifar10/", "--data cifar10/: no such folder, and not one of patterns"),
     ("--data {tmp}/empty", "empty: no pictures below"),
     ("--data {tmp}/broken", "none of 3 pictures"),
     ("--data cifar10 --data-dir {tmp}/empty", "--data cifar10: cannot download"),
