@@ -983,7 +983,8 @@ def train(args, loss_fn=packing_loss):
                 (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
                 save(out / "backbone.pt", {
                     "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
-                    "radius_scale": args.radius_scale, "epoch": epoch + 1, "mean": MEAN, "std": STD,
+                    "radius_scale": args.radius_scale, "max_reach": args.max_reach,
+                    "epoch": epoch + 1, "mean": MEAN, "std": STD,
                     "backbone": backbone.state_dict()})
                 save(out / "checkpoint.pt", {
                     "epoch": epoch + 1, "images": n, "settings": settings, "log": log,
@@ -1127,7 +1128,8 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; the same command, without --fresh, goes on", file=sys.stderr)
+            print("interrupted; training goes on by the same command without --fresh",
+                  file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()

@@ -9,14 +9,15 @@
     python eval_linear.py runs/cifar10 --geometry           spectrum, and how the classes pack
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
-For the probe the backbone stays in eval mode and its features are extracted once (with --augment:
-every epoch). They are standardised by the training set's mean and standard deviation, an affine
-map that a linear classifier absorbs. One classifier for each learning rate is trained, all as one
-batched problem; the best on images held out of the training set gives the learning rate, a
-classifier is trained with it on all training images, and the test set is looked at once.
+For the probe the backbone stays in eval mode and the features of whole pictures are extracted once
+(with --augment those of crops too, to train on, every epoch). They are standardised by the training
+set's mean and standard deviation, an affine map that a linear classifier absorbs. One classifier
+for each learning rate is trained, all as one batched problem; the best on images held out of the
+training set gives the learning rate, a classifier is trained with it on all training images, and
+the test set is looked at once.
 
 Prints a table, then one JSON line, which is written beside the backbone as well: linear.json, or
-geometry.json; other images, labels or methods than the plain ones are added to the name.
+geometry.json; other images, labels, methods or seeds than the plain ones are added to the name.
 """
 
 import argparse
@@ -36,14 +37,14 @@ from tqdm import tqdm
 
 import clamp
 
-# Data, and features [n, f] and labels [n] of the images `rows` [n] of it.
+# Data, and features [n, f] and labels [n] of some of its images: number k is image rows[k] of data.
 Split = namedtuple("Split", "data rows features labels")
 POWER_LAW = 10, 100  # first and last rank of the eigenvalues to which a power law is fitted
 
 
 def load_backbone(path, pretrained=True):
     """The backbone of a run folder or a backbone.pt, and what the file says of it: arch, stem,
-    size, data, radius_scale, epoch, mean, std. Raises UserError where there is none."""
+    size, data, radius_scale, max_reach, epoch, mean, std. Raises UserError where there is none."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = clamp.load(path)
@@ -54,7 +55,7 @@ def load_backbone(path, pretrained=True):
         raise clamp.UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: not a backbone that clamp.py wrote, or damaged") from None
-    return backbone, saved
+    return backbone.eval(), saved
 
 
 def labelled_rows(data, labels, seed):
@@ -73,6 +74,8 @@ def labelled_rows(data, labels, seed):
             rows_of.setdefault(name, []).append(row)
     names = filter(None, Path(labels).read_text().splitlines())
     found = [(name, rows_of.get(name, [])) for name in names]
+    if not found:
+        raise clamp.UserError(f"--labels {labels}: names no image; give a name a line")
     for name, rows in found:
         if len(rows) != 1:
             raise clamp.UserError(f"--labels {labels}: {name} is the name of {len(rows)} training "
@@ -104,7 +107,8 @@ def train_heads(batches, steps, rates, shape, device, desc):
 
 def finetune(backbone, batches, steps, lr, shape, dtype, desc):
     """Train a copy of the backbone and a linear classifier on it, end to end: SGD with momentum
-    0.9 and a cosine schedule, the backbone's learning rate 0.05 of the classifier's (published).
+    0.9 and a cosine schedule, the backbone's learning rate 0.05 of the classifier's (arXiv
+    2506.13717). With several processes batch norm takes each one's own images.
 
     batches: as for train_heads, but of views [n, 3, s, s]. Returns both, the backbone in eval mode.
     """
@@ -144,18 +148,20 @@ def spectrum(features):
     """Eigenvalues [f] of the covariance of features [n, f], in falling order, and the exponent
     alpha of lambda_n ~ n^-alpha: least squares in log and log over the ranks POWER_LAW."""
     eigenvalues = torch.linalg.eigvalsh(features.double().T.cov()).flip(0)
+    eigenvalues = eigenvalues.clamp(min=1e-30)  # rounding leaves some below zero
     first, last = POWER_LAW
     x = torch.arange(first, last + 1, dtype=torch.float64).log()
     y = eigenvalues[first - 1:last].cpu().log()
     return eigenvalues, -((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
 
 
-def class_packing(features, labels, radius_scale):
+def class_packing(features, labels, radius_scale, max_reach):
     """The packing loss's geometry with classes for images and their images, as many of each class
     as the smallest has, for views."""
     m = labels.unique(return_counts=True)[1].min()
     classes = torch.stack([features[labels == k][:m] for k in labels.unique()], 1)
-    return {k: v.item() for k, v in clamp.packing_loss(classes, radius_scale)[1].items()}
+    _, geometry = clamp.packing_loss(classes, radius_scale, max_reach=max_reach)
+    return {k: v.item() for k, v in geometry.items()}
 
 
 @torch.no_grad()
@@ -166,10 +172,13 @@ def evaluate(args):
     rank, world = clamp.rank_and_world()
     if args.geometry and world > 1:
         raise clamp.UserError("--geometry: one process computes it; start without torchrun")
+    if args.batch_size < 2 * world:
+        raise clamp.UserError(f"--batch-size {args.batch_size}: fewer than two images for each of "
+                              f"{world} processes; raise it")
     dtype = clamp.autocast_dtype(args.amp, device)
     torch.manual_seed(args.seed)  # the same random network on all processes
     backbone, trained = load_backbone(args.run, pretrained=not args.random_init)
-    backbone = backbone.to(device, memory_format=torch.channels_last).eval()
+    backbone = backbone.to(device, memory_format=torch.channels_last)
     name = args.data or trained["data"]
     extract = partial(clamp.extract_features, size=trained["size"], device=device, dtype=dtype,
                       workers=args.workers)
@@ -177,8 +186,9 @@ def evaluate(args):
     def load(part, limit=None, labels=None):
         data = clamp.load_data(name, part, args.data_dir, limit, args.seed, args.resident_gb)
         if data.labels.min() < 0:
+            file = data.files[data.labels.argmin()]
             raise clamp.UserError(f"--data {name}: a probe needs labels, train/<class>/ and test/"
-                                  f"<class>/, which these {part} pictures lack; name another set")
+                                  f"<class>/ of the same classes; {file} has none")
         if data.images is not None:
             data.images = data.images.to(device)
         rows = labelled_rows(data, labels, args.seed)
@@ -193,7 +203,8 @@ def evaluate(args):
         parts = [kind, args.random_init and "random-init", transfer and Path(name).resolve().name,
                  args.limit and f"limit-{args.limit}",
                  args.labels and f"labels-{Path(str(args.labels)).name}",
-                 args.augment and "augment", args.finetune and "finetune"]
+                 args.augment and "augment", args.finetune and "finetune",
+                 args.seed and f"seed-{args.seed}"]
         if rank == 0:
             print(json.dumps(result))
             folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
@@ -208,7 +219,8 @@ def evaluate(args):
                                   "two of each class")
         eigenvalues, alpha = spectrum(test.features)
         share = 100 * eigenvalues / eigenvalues.sum()
-        packing = class_packing(test.features, test.labels, trained["radius_scale"])
+        packing = class_packing(test.features, test.labels, trained["radius_scale"],
+                                trained["max_reach"])
         shown = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(share)]
         print("eigenvalue   " + "".join(f"{k:8}" for k in shown))
         print("% of variance" + "".join(f"{share[k - 1]:8.3f}" for k in shown))
@@ -228,8 +240,8 @@ def evaluate(args):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column's weight is the bias
 
     def batches(indices, steps):
-        """This process's part of every batch of every epoch, and its labels: views for --augment
-        and --finetune, else standardised features."""
+        """This process's part of every batch of every epoch of the training images `indices`, and
+        its labels: views for --augment and --finetune, else standardised features."""
         batch = len(indices) // (steps * world)
         for epoch in range(args.epochs):
             seed = 10_000 * args.seed + epoch
@@ -248,7 +260,8 @@ def evaluate(args):
     def fit(indices, rates, desc):
         """Train on the training images `indices`, once with each learning rate. Returns for each
         a network and a function from its features to logits."""
-        steps = math.ceil(len(indices) / args.batch_size)
+        # Two images at least for each process.
+        steps = min(math.ceil(len(indices) / args.batch_size), len(indices) // (2 * world))
         total = args.epochs * steps
         if args.finetune:
             return [finetune(backbone, batches(indices, steps), total, rate, (width, classes),
@@ -260,7 +273,7 @@ def evaluate(args):
         return [(backbone, lambda x, w=w: standardise(x) @ w) for w in weights]
 
     def logits(split, i, network, classify):
-        if network is backbone:
+        if network is backbone:  # not fine-tuned
             return classify(split.features[i])
         return classify(extract(network, split.data, split.rows[i], desc="features")[0])
 

@@ -556,8 +556,8 @@ def test_packing_of_classes_equals_the_equations():
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     features = torch.cat([features[order], torch.randn(3, 8)])  # class 7 has more than the others
     labels = torch.cat([labels[order] + (labels[order] == 4) * 3, torch.tensor([7, 7, 7])])
-    _, _, radii, neighbours = loop_loss(clouds.double(), 2.0)
-    geometry = eval_linear.class_packing(features, labels, 2.0)
+    _, _, radii, neighbours = loop_loss(clouds.double(), 2.0, max_reach=1.1)
+    geometry = eval_linear.class_packing(features, labels, 2.0, 1.1)
     assert geometry["radius"] == pytest.approx(sum(radii).item() / 5, rel=1e-5)
     assert geometry["neighbours"] == pytest.approx(sum(neighbours) / 5)
 
@@ -1007,6 +1007,7 @@ def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
     write_pictures(tmp_path / "lost" / "train" / "ant", 4)
     write_pictures(tmp_path / "lost" / "test", 4)
     (tmp_path / "list").write_text("absent.png\n")
+    (tmp_path / "none").write_text("\n")
     run_of = [*TINY, "--out", whole_run]
     before = {file: file.read_bytes() for file in whole_run.iterdir()}
     for script, argv, words in (
@@ -1017,11 +1018,12 @@ def test_runs_that_do_not_fit_give_one_line(whole_run, tmp_path, capfd):
             (eval_linear, [tmp_path / "flat"], "backbone.pt: no such file"),
             (eval_linear, [whole_run / "checkpoint.pt"], "checkpoint.pt: not a backbone"),
             (eval_linear, [whole_run, "--data", tmp_path / "flat"], "no test/ or val/ folder in"),
-            (eval_linear, [whole_run, "--data", tmp_path / "lost"], "a probe needs labels"),
+            (eval_linear, [whole_run, "--data", tmp_path / "lost"], "lost/test/000.jpg has none"),
             (eval_linear, [whole_run, "--labels", "2"], "--labels: 2 is neither"),
             (eval_linear, [whole_run, "--labels", "0"], "--labels: 0 is neither"),
             (eval_linear, [whole_run, "--labels", "nosuch"], "neither a fraction up to 1 nor a"),
             (eval_linear, [whole_run, "--labels", tmp_path / "list"], "0 training images, not of"),
+            (eval_linear, [whole_run, "--labels", tmp_path / "none"], "names no image"),
             (eval_linear, [whole_run, "--limit", "2"], "--limit 2: 2 images are too few"),
             (eval_linear, [whole_run, "--geometry", "--limit", "9"], "leave --limit and --labels"),
             (eval_linear, [whole_run, "--geometry", "--finetune"], "--finetune: not allowed with"),
@@ -1100,6 +1102,7 @@ def test_readme_example_of_another_loss_trains(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_agrees_with_cpu():
+    torch.set_float32_matmul_precision("highest")  # no TF32, which an earlier test may have set
     z = embeddings(4, 16, 32, dtype=torch.float32)
     a, b = z.clone().requires_grad_(), z.cuda().requires_grad_()
     clamp.packing_loss(a)[0].backward()
