@@ -52,7 +52,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------
 
 PUBLISHED = dict(  # for CIFAR-10
-    data="cifar10", arch="resnet18", stem="small", projector="2048-256", size=32,
+    data="cifar10", arch="resnet18", stem="small", zero_init=False, projector="2048-256", size=32,
     radius_scale=7.0, max_reach=1.5, views=16, batch_size=128, epochs=1000, warmup_epochs=10,
     lr=0.1, eta=1e-3, momentum=0.9, weight_decay=1e-6,
     crop_scale=[0.08, 1.0], flip_p=0.5, jitter=[0.8, 0.8, 0.8, 0.2], jitter_p=0.8, gray_p=0.2,
@@ -64,8 +64,9 @@ IMAGENET100 = PUBLISHED | dict(
     jitter=[0.4, 0.4, 0.2, 0.1], blur_kernel=23, blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2],
 )
 PATTERNS = PUBLISHED | dict(  # ours: two minutes on two CPU cores
-    data="patterns", stem="imagenet", views=8, batch_size=32, epochs=3, warmup_epochs=1,
-    lr=1.6, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], knn_every=1,
+    data="patterns", stem="imagenet", zero_init=True, views=8, batch_size=32, epochs=3,
+    warmup_epochs=1, lr=1.6, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1],
+    knn_every=1,
 )
 PICTURES = PATTERNS | dict(  # ours, for folders
     data=None, stem="medium", views=2, batch_size=128, epochs=16, lr=0.4, max_reach=1.2,
@@ -403,11 +404,12 @@ class MultiViewAugment:
 # ---------------------------------------------------------------------------------------------
 
 
-def build_backbone(arch, stem="imagenet"):
+def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's `arch` with an identity for `fc`: images [n, 3, h, w] -> features [n, 512] or
     [n, 2048]. The stems "small" (3x3 convolution of stride 1, no max-pool) and "medium" (stride 2,
-    no max-pool) are for images of 32 px: 4 and 2 px are left at the end, of "imagenet" 1."""
-    backbone = getattr(torchvision.models, arch)()
+    no max-pool) are for images of 32 px: 4 and 2 px are left at the end, of "imagenet" 1.
+    zero_init: each residual branch starts at zero, by its last batch norm (arXiv 1706.02677)."""
+    backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     if stem != "imagenet":
@@ -884,7 +886,7 @@ def train(args, loss_fn=packing_loss):
     labelled = labelled[torch.randperm(len(labelled), generator=shuffle)[:5000]]
 
     torch.manual_seed(args.seed)
-    backbone = build_backbone(args.arch, args.stem)
+    backbone = build_backbone(args.arch, args.stem, args.zero_init)
     projector = build_projector(backbone.num_features, args.projector)
     network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
     if device.type == "cuda" and world > 1:  # CPUs have no synchronised batch norm
@@ -1070,6 +1072,8 @@ def parse_args(argv=None):
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="torchvision network")
     add("--stem", choices=("imagenet", "medium", "small"),
         help="small: 3x3 stride 1, no max-pool; medium: stride 2, quarter the cost")
+    add("--zero-init", action=argparse.BooleanOptionalAction,
+        help="start each residual branch at zero")
     add("--projector", help="widths of the projector's layers")
     add("--size", type=number(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, metavar="S", help="smallest, largest part of the area")

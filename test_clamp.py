@@ -231,7 +231,7 @@ def loss_of_share(rank, world):
     return loss.detach(), model.weight.grad, torch.stack(list(geometry.values()))
 
 
-def plain_backbone(arch, stem):
+def plain_backbone(arch, stem, zero_init):
     """Without batch norm, whose statistics are each process's own on a CPU."""
     backbone = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(1, 3))
@@ -416,6 +416,16 @@ def test_backbone_has_torchvisions_keys(arch, features, stem, left):
         theirs.load_state_dict(backbone.state_dict())
         x = torch.randn(2, 3, 64, 64)
         torch.testing.assert_close(theirs.eval()(x), backbone(x))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_zero_init_makes_residual_blocks_start_as_identities(arch, zero_init):
+    backbone = clamp.build_backbone(arch, zero_init=zero_init)
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        for block in stage[1:]:  # the first of a stage changes size or width
+            x = torch.rand(2, len(block.conv1.weight[0]), 4, 4)
+            assert torch.equal(block(x), x) == zero_init
 
 
 def test_projector_follows_its_string():
@@ -1090,10 +1100,27 @@ def test_readme_example_packs_ten_clouds_until_none_overlap():
     assert gaps[~torch.eye(10, dtype=torch.bool)].min() > 0
 
 
-def test_readme_example_of_another_loss_trains(tmp_path):
+def test_readme_example_of_other_losses(tmp_path):
     code = readme_code("simclr")
-    (tmp_path / "simclr.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
-    run(tmp_path / "simclr.py", *TINY, "--out", tmp_path / "run")
+    exec(code, losses := {"__name__": "peers"})
+    b, d = 6, 4
+    z = embeddings(2, b, d)
+    x, y = F.normalize(z, dim=2)
+    similarity = (torch.cat([x, y]) @ torch.cat([x, y]).T / 0.1).fill_diagonal_(-math.inf)
+    cross = torch.cat([z[0], z[1]], 1).T.corrcoef()[:d, d:] * (b - 1) / b
+    covariances = [view.T.cov().fill_diagonal_(0) for view in z]
+    stds = torch.stack([view.T.cov().diagonal() + 1e-4 for view in z]).sqrt()
+    expected = {
+        "simclr": F.cross_entropy(similarity, (torch.arange(2 * b) + b) % (2 * b)),
+        "barlow_twins": ((cross - torch.eye(d)) ** 2 * torch.full((d, d), 0.005).fill_diagonal_(1)
+                         ).sum() / d,
+        "vicreg": ((z[0] - z[1]) ** 2).mean() + (1 - stds).clamp(min=0).mean()
+                  + sum((c**2).sum() for c in covariances) / d / 25,
+        "mmcr": -torch.linalg.eigvalsh((x + y).T @ (x + y) / 4).sqrt().sum() / b}
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name](z, 0)[0], value)
+    (tmp_path / "peers.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
+    run(tmp_path / "peers.py", "vicreg", *TINY, "--out", tmp_path / "run")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
 
 
@@ -1205,7 +1232,7 @@ def training_step_of_process(rank, world, port, args):
 def network_step(args, device):
     """A function: forward and backward of backbone and projector alone on a batch at hand."""
     args = clamp.parse_args(args)
-    backbone = clamp.build_backbone(args.arch, args.stem)
+    backbone = clamp.build_backbone(args.arch, args.stem, args.zero_init)
     projector = clamp.build_projector(backbone.num_features, args.projector)
     network = torch.nn.Sequential(backbone, projector).to(
         device, memory_format=torch.channels_last)
