@@ -126,7 +126,8 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 
         Z_i, L_i = mean and covariance of image i's views on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d) + eps_radius)
-        E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / (r_i + r_j))^2
+        R_ij = min(r_i + r_j, max_reach)
+        E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / R_ij)^2
         loss = log(E + eps_energy)
 
     Args:
@@ -196,7 +197,8 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
                                        gram.square().sum()]).to(z.dtype)
         total_energy, neighbours, with_neighbour, gram_squared = all_reduce(sums)
         total = prefactor * total_energy + eps_energy
-        # Zero, but for its gradient. 2: i is in rows and in columns; world: DDP will average.
+        # Zero, but with E's gradient, which autograd does not see in `total`. 2: i is in rows and
+        # in columns; world: DDP will average.
         work = (particles * torch.cat(derivatives)).sum()
         surrogate = 2 * prefactor * world * (work - work.detach())
         loss = total.log() + surrogate / total
@@ -215,7 +217,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 # Augmentation. Batched on the images' device; every view of every image draws its own parameters.
 # The operators take float [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], and agree
 # with torchvision.transforms.functional on each picture to 1e-5 (in float32; TF32 is coarser). No
-# constant is copied to the device on the way, which would wait for it.
+# constant is copied to the device on the way, which would wait for it. Needs rank_and_world, above.
 # ---------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's networks
@@ -806,11 +808,16 @@ def load(path):
 
 
 def load_checkpoint(settings):
-    """The checkpoint in the run folder, or None; raises UserError where its settings are others."""
+    """The checkpoint in the run folder, or None; raises UserError where it cannot be continued."""
     path = Path(settings["out"], "checkpoint.pt")
     # --fresh was meant for the first start, where torchrun has restarted this process.
     fresh = settings["fresh"] and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if fresh or not path.exists():
+    if fresh:
+        return None
+    if not path.exists():
+        if path.with_name("backbone.pt").exists():
+            raise UserError(f"{path.parent}/: has a backbone.pt, but no checkpoint.pt to continue; "
+                            "--fresh starts over, another --out keeps it")
         return None
     try:
         checkpoint = load(path)
@@ -826,6 +833,15 @@ def load_checkpoint(settings):
             raise UserError(f"{flag} is {settings[name]}, but {saved.get(name)} in the run in "
                             f"{path.parent}/: --fresh starts it over, another --out keeps it")
     return checkpoint
+
+
+def save_backbone(out, checkpoint):
+    """Write the part of a checkpoint that is kept after training."""
+    kept = "arch", "stem", "zero_init", "size", "data", "radius_scale", "max_reach"
+    weights = {name.removeprefix("backbone."): weight
+               for name, weight in checkpoint["network"].items() if name.startswith("backbone.")}
+    save(out / "backbone.pt", {k: checkpoint["settings"][k] for k in kept} | {
+        "epoch": checkpoint["epoch"], "mean": MEAN, "std": STD, "backbone": weights})
 
 
 def save_views(views, path):
@@ -866,6 +882,7 @@ def train(args, loss_fn=packing_loss):
                         "folder on a disk that all nodes share")
     if start == args.epochs:
         if main:
+            save_backbone(out, checkpoint)  # which a kill may have forestalled
             print(f"{out}/ is finished ({start} epochs); --fresh trains anew, --out elsewhere")
         return
 
@@ -983,15 +1000,12 @@ def train(args, loss_fn=packing_loss):
                     shown.append(f"20-NN {record['knn']:.1f} % of {len(rows)} training images")
                 bar.write(f"epoch {epoch + 1}: " + ", ".join(shown))
                 (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-                save(out / "backbone.pt", {
-                    "arch": args.arch, "stem": args.stem, "size": args.size, "data": args.data,
-                    "radius_scale": args.radius_scale, "max_reach": args.max_reach,
-                    "epoch": epoch + 1, "mean": MEAN, "std": STD,
-                    "backbone": backbone.state_dict()})
-                save(out / "checkpoint.pt", {
+                checkpoint = {
                     "epoch": epoch + 1, "images": n, "settings": settings, "log": log,
                     "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict()})
+                    "scaler": scaler.state_dict()}
+                save(out / "checkpoint.pt", checkpoint)
+                save_backbone(out, checkpoint)
     if main:
         hint = f"; next: python eval_linear.py {out}" if len(labelled) > 1 else ""
         print(f"finished {out}/backbone.pt{hint}")

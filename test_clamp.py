@@ -701,6 +701,9 @@ def failing_at(call, error):
 def assert_same_runs(whole, other):
     for a, b in zip(states(whole), states(other)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    a, b = (torch.load(out / "backbone.pt") for out in (whole, other))
+    assert a["epoch"] == b["epoch"] == 3
+    torch.testing.assert_close(a["backbone"], b["backbone"], rtol=0, atol=0)
     logs = [(out / "log.jsonl").read_text() for out in (whole, other)]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
     assert not list(other.glob("*.part"))
@@ -718,7 +721,7 @@ def test_run_interrupted_in_an_epoch_and_in_a_save_ends_as_the_whole_one(whole_r
     with pytest.raises(KeyboardInterrupt):
         train_once(tmp_path, loss_fn=failing_at(5, KeyboardInterrupt))
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
-    for failing in (1, 2):  # between the epoch's end and its backbone.pt, its checkpoint.pt
+    for failing, epoch in ((1, 1), (2, 2), (2, 3)):  # saving checkpoint.pt, or then backbone.pt
         replaced = []
 
         def replace(part, path, replace=os.replace):
@@ -730,7 +733,7 @@ def test_run_interrupted_in_an_epoch_and_in_a_save_ends_as_the_whole_one(whole_r
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", replace)
             train_once(tmp_path)
-        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == epoch
     train_once(tmp_path)
     assert_same_runs(whole_run, tmp_path)
 
@@ -775,7 +778,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     small = (10_000_000, resource.RLIM_INFINITY)
     message = run("clamp.py", *TINY, "--out", tmp_path, code=2, preexec_fn=lambda:
                   resource.setrlimit(resource.RLIMIT_FSIZE, small)).stderr.splitlines()[-1]
-    assert "backbone.pt: cannot be written" in message and "File too large" in message
+    assert "checkpoint.pt: cannot be written" in message and "File too large" in message
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.part"))
 
@@ -800,6 +803,16 @@ def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monke
     with pytest.raises(clamp.UserError, match="backbone.pt"):
         eval_linear.evaluate(eval_linear.parse_args([str(tmp_path)]))
     assert Path("checkpoint.pt").read_bytes() == content and not Path("executed").exists()
+
+
+def test_backbone_without_a_checkpoint_is_kept(whole_run, tmp_path):
+    shutil.copy(whole_run / "backbone.pt", tmp_path)
+    before = (tmp_path / "backbone.pt").read_bytes()
+    with pytest.raises(clamp.UserError, match="no checkpoint.pt .* --fresh"):
+        train_once(tmp_path)
+    assert (tmp_path / "backbone.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    train_once(tmp_path, "--fresh", "--epochs", "1", "--warmup-epochs", "0")
+    assert (tmp_path / "backbone.pt").read_bytes() != before
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
