@@ -837,7 +837,7 @@ def load_checkpoint(settings):
 
 def save_backbone(out, checkpoint):
     """Write the part of a checkpoint that is kept after training."""
-    kept = "arch", "stem", "zero_init", "size", "data", "radius_scale", "max_reach"
+    kept = "arch", "stem", "size", "data", "radius_scale", "max_reach"
     weights = {name.removeprefix("backbone."): weight
                for name, weight in checkpoint["network"].items() if name.startswith("backbone.")}
     save(out / "backbone.pt", {k: checkpoint["settings"][k] for k in kept} | {

@@ -44,12 +44,12 @@ POWER_LAW = 10, 100  # first and last rank of the eigenvalues to which a power l
 
 def load_backbone(path, pretrained=True):
     """The backbone of a run folder or a backbone.pt, and what the file says of it: arch, stem,
-    zero_init, size, data, radius_scale, max_reach, epoch, mean, std. Raises UserError where there
-    is none."""
+    size, data, radius_scale, max_reach, epoch, mean, std. Raises UserError where there is none."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = clamp.load(path)
-        backbone = clamp.build_backbone(saved["arch"], saved["stem"], saved["zero_init"])
+        # Untrained, residual branches that start from zero would make a much lower floor.
+        backbone = clamp.build_backbone(saved["arch"], saved["stem"])
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
     except FileNotFoundError:
