@@ -1120,7 +1120,7 @@ def test_readme_example_of_other_losses(tmp_path):
     z = embeddings(2, b, d)
     x, y = F.normalize(z, dim=2)
     similarity = (torch.cat([x, y]) @ torch.cat([x, y]).T / 0.1).fill_diagonal_(-math.inf)
-    cross = torch.cat([z[0], z[1]], 1).T.corrcoef()[:d, d:] * (b - 1) / b
+    cross = torch.cat([*z], 1).T.corrcoef()[:d, d:] * (b - 1) / b
     covariances = [view.T.cov().fill_diagonal_(0) for view in z]
     stds = torch.stack([view.T.cov().diagonal() + 1e-4 for view in z]).sqrt()
     expected = {
