@@ -6,14 +6,15 @@ labels. Method and published settings: arXiv 2506.13717.
 
     python clamp.py                      a laptop's CPU: drawn textures, nothing to download
     python clamp.py --data photos        your own folder of pictures
-    python clamp.py --data cifar10       downloads it; an hour on a laptop
-    python clamp.py --recipe cifar10-published       one GPU, the published settings
+    python clamp.py --data cifar10       downloads it; an hour on two cores with bf16
+    python clamp.py --recipe cifar10-published --out runs/published      one GPU, as published
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet      one node
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         clamp.py --recipe imagenet1k --data imagenet     many nodes; --out on a shared disk
 
 A run writes, into runs/<data>/ or --out:
     views.png        the augmented views, one image a row: look at it first
+    settings.json    every flag's value
     log.jsonl        one line an epoch: loss, radius, neighbours, ..., now and then k-NN accuracy
     checkpoint.pt    everything needed to go on: the same command continues an unfinished run
     backbone.pt      the trained ResNet under torchvision's own key names, for eval_linear.py
@@ -34,7 +35,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ from tqdm import tqdm
 PUBLISHED = dict(  # for CIFAR-10
     data="cifar10", arch="resnet18", stem="small", zero_init=False, projector="2048-256", size=32,
     radius_scale=7.0, max_reach=1.5, views=16, batch_size=128, epochs=1000, warmup_epochs=10,
-    lr=0.1, eta=1e-3, momentum=0.9, weight_decay=1e-6,
+    lr=0.1, eta=1e-3, momentum=0.9, weight_decay=1e-6,  # lr: times batch / 256
     crop_scale=[0.08, 1.0], flip_p=0.5, jitter=[0.8, 0.8, 0.8, 0.2], jitter_p=0.8, gray_p=0.2,
     blur_kernel=3, blur_p=[0.5], solarize_p=[0.0], knn_every=10,
 )
@@ -132,8 +132,9 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
 
     Args:
         z: embeddings [m, b, d] of m >= 2 views of b images, any float dtype. Computed in float32,
-            or in float64 when z is; under autocast as well. With torch.distributed every process
-            passes its own b images, the same number on each.
+            or in float64 when z is; under autocast as well. (Where torch allows TF32, a GPU takes
+            it for one product of the gradient.) With torch.distributed every process passes its
+            own b images, the same number on each.
         radius_scale: r_s, how far an ellipsoid reaches beyond its cloud.
         center: subtract the mean of all embeddings before projecting onto the sphere.
         min_distance: centres closer than this do not interact (their direction is noise).
@@ -170,7 +171,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
         # molecular dynamics) a block of rows at a time.
         particles = torch.cat([centers, radii[:, None]], 1)
         ghosts = all_gather(particles.detach())
-        y = ghosts[:, :-1] - ghosts[:, :-1].mean(0)
+        y = ghosts[:, :-1] - ghosts[:, :-1].mean(0)  # differences are all that counts
         y_double = y.double()  # |x|^2 + |y|^2 - 2xy cancels for close pairs
         derivatives, sums = [], 0
         block = max(1, (2**24 if z.is_cuda else 2**20) // len(ghosts))  # 2**20: a CPU's cache
@@ -189,7 +190,7 @@ def packing_loss(z, radius_scale=7.0, *, center=True, min_distance=1e-3, max_rea
             stress = 2 * overlap / reach  # -d overlap^2 / d distance
             push = stress / distance  # along Z_i - Z_j
             shrink = (stress * (1 - overlap)).where(reach < max_reach, 0)  # d overlap^2 / d r_i
-            # d/d(Z_i, r_i) of sum_j overlap_ij^2
+            # Of sum_j overlap_ij^2: d/dZ_i = -sum_j push_ij (x_i - y_j), and d/dr_i.
             derivatives.append(torch.cat([push @ y - push.sum(1, keepdim=True) * x,
                                           shrink.sum(1, keepdim=True)], 1))
             counts = pairs.sum(1)
@@ -301,7 +302,7 @@ def gaussian_blur(x, sigma, kernel):
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-0.5 * (taps / sigma.view(-1, 1).clamp(min=1e-3)).square()).softmax(1)
 
-    def matrix(size):
+    def matrix(size):  # [n, size, size]
         source = torch.arange(size, device=x.device)[:, None] + taps
         source = (size - 1) - ((size - 1) - source.abs()).abs()  # reflected at both ends
         return (weights @ F.one_hot(source.T, size).to(x.dtype).flatten(1)).view(-1, size, size)
@@ -385,8 +386,8 @@ class MultiViewAugment:
         # On a CPU a few pictures at a time, which stay in its cache: twice as fast at 224 px.
         chunk = len(pictures) if crops.is_cuda else max(1, 2**20 // pictures[0].numel())
         parts = []
-        for part in range(0, len(pictures), chunk):
-            rows = slice(part, part + chunk)
+        for start in range(0, len(pictures), chunk):
+            rows = slice(start, start + chunk)
             x = pictures[rows] / 255
             for k in drawn["order"]:
                 if self.jitter_p and self.jitter[k]:
@@ -440,7 +441,7 @@ class LARS(torch.optim.SGD):
     scaling nor decay. eta = 0: plain SGD."""
 
     def __init__(self, params, lr, eta=1e-3, momentum=0.9, weight_decay=0.0):
-        super().__init__(params, lr, momentum)
+        super().__init__(params, lr, momentum)  # no weight decay, which would take all tensors
         self.eta, self.decay = eta, weight_decay
 
     @torch.no_grad()
@@ -459,7 +460,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the peak learning rate: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)
+        return min(1, (step + 1) / warmup)  # which may be a fraction
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -469,7 +470,7 @@ def lr_scale(step, warmup, total):
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message says how."""
+    """Something that the user can put right; the message says how. Anything below may raise it."""
 
 
 @dataclass
@@ -571,7 +572,7 @@ def download(name, split, root):
         else:
             data = source(root, train=split != "test", download=True)
             images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(f"--data {name}: cannot download to {root}/ ({error}); check the network, "
                         f"or put {source.url} there") from None
     if not local_rank and dist.is_initialized():
@@ -633,7 +634,7 @@ def decode(files, labels, resident_gb):
             unreadable.add(file)
             continue
         fits = picture.nbytes * len(files) <= resident_gb * 2**30 and max(picture.shape) <= 256
-        if not fits or kept and picture.shape != images.shape[1:]:
+        if not fits or (kept and picture.shape != images.shape[1:]):
             return Data(labels, files=files)
         if not kept:
             images = picture.new_empty(len(files), *picture.shape)
@@ -647,7 +648,7 @@ def decode(files, labels, resident_gb):
 
 class CenterView:
     """One normalised view, the same each time: shorter side to 8/7 size, then the centre; pictures
-    of that size stay whole. For evaluation; the same methods as MultiViewAugment, without m."""
+    of size x size stay whole. For evaluation; the same methods as MultiViewAugment, without m."""
 
     def __init__(self, size):
         self.size = size
@@ -683,12 +684,14 @@ def crop_files(rows, files, crop, seed):
 
 def view_batches(data, batches, augment, device, workers=0, seed=0):
     """Yield augment's views of the images in each row of `batches` (indices [steps, b]). Images in
-    memory are augmented on their device; files are decoded once and cropped by loader workers,
-    and those that cannot be decoded are reported after the last batch."""
+    memory are augmented on their device; files are decoded once and cropped by loader workers.
+    Those that cannot be decoded are reported, and added to data.unreadable, after the last batch:
+    take them all."""
     if data.images is not None:
         for rows in batches:
             yield augment(data.images[rows.to(data.images.device, non_blocking=True)])
         return
+    # The data set is the list of batches; collate_fn, in a worker, turns each into crops.
     loader = torch.utils.data.DataLoader(
         [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -746,9 +749,12 @@ def embed(network, x, dtype):
 
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0, desc="features"):
-    """Features float32 [n, f] of the images `rows` [n] by the backbone in eval mode, and the rows
-    that could be read. The images are divided among processes; each returns all features."""
+    """Features float32 [n, f] of the images `rows` [n] by the backbone, which is in eval mode, and
+    the rows that could be read. The images are divided among processes; each returns all features.
+    """
     rank, world = rank_and_world()
+    for statistic in backbone.buffers() if world > 1 else []:  # of batch norm, each process's own
+        dist.broadcast(statistic, 0)
     n = len(rows)
     share = rows[torch.arange(-(-n // world) * world).view(-1, world)[:, rank] % n]
     batches = share.split(512)
@@ -787,7 +793,7 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
 def save(path, content):
     """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
     part, memory = Path(f"{path}.part"), io.BytesIO()
-    torch.save(content, memory)
+    torch.save(content, memory)  # to a full disk it would not say what is wrong
     try:
         with open(part, "wb") as file:
             file.write(memory.getbuffer())
@@ -810,7 +816,7 @@ def load(path):
 def load_checkpoint(settings):
     """The checkpoint in the run folder, or None; raises UserError where it cannot be continued."""
     path = Path(settings["out"], "checkpoint.pt")
-    # --fresh was meant for the first start, where torchrun has restarted this process.
+    # Where torchrun has restarted this process, --fresh was meant for the first start.
     fresh = settings["fresh"] and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if fresh:
         return None
@@ -932,6 +938,7 @@ def train(args, loss_fn=packing_loss):
                         "geometry*.json"):
                 for file in out.glob(old):
                     file.unlink()
+        (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
         print(f"recipe {args.recipe}, {args.data}: {n} images "
               f"{'streamed' if data.images is None else 'in memory'}, {steps} steps an epoch of "
               f"{args.batch_size} x {args.views} views of {args.size} px; {args.arch}, {args.stem} "
@@ -940,6 +947,7 @@ def train(args, loss_fn=packing_loss):
     with tqdm(total=args.epochs * steps * views_per_step, initial=start * steps * views_per_step,
               unit="view", unit_scale=True, disable=not main, mininterval=0.5) as bar:
         for epoch in range(start, args.epochs):
+            started = time.time()
             # Seeded by the epoch: a continued run draws what an uninterrupted one would have.
             seed = 10_000 * args.seed + epoch
             torch.manual_seed(seed)
@@ -962,7 +970,7 @@ def train(args, loss_fn=packing_loss):
                 scaler.step(optimizer)
                 scaler.update()
 
-                metrics = {"loss": loss.detach(), **geometry}
+                metrics = {"loss": loss.detach(), **geometry}  # the bar shows the first three
                 values = [torch.as_tensor(v, device=device).float() for v in metrics.values()]
                 history.append(torch.stack(values))
                 # Some 20 times an epoch: to read a number is to wait for the GPU.
@@ -993,6 +1001,7 @@ def train(args, loss_fn=packing_loss):
                 features, rows = extract_features(backbone.eval(), data, labelled, args.size,
                                                   device, dtype, args.workers, "k-NN")
                 record["knn"] = knn_accuracy(features, data.labels[rows].to(device))
+            record["seconds"] = round(time.time() - started, 1)
             log.append(record)
             if main:
                 shown = [f"{k} {record[k]:.3g}" for k in list(metrics)[:3]]
@@ -1049,7 +1058,8 @@ def data_name(text):
 
 def add_machine_flags(parser):
     add = parser.add_argument
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="where to compute; auto: cuda where there is one")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--workers", type=number(int, 0), default=max(1, min(8, cores)),
@@ -1146,8 +1156,7 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print("interrupted; training goes on by the same command without --fresh",
-                  file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()

@@ -16,8 +16,9 @@ for each learning rate is trained, all as one batched problem; the best on image
 training set gives the learning rate, a classifier is trained with it on all training images, and
 the test set is looked at once.
 
-Prints a table, then one JSON line, which is written beside the backbone as well: linear.json, or
-geometry.json; other images, labels, methods or seeds than the plain ones are added to the name.
+Prints a table, then one JSON line, which is written beside the backbone as well, with the settings:
+linear.json, or geometry.json; other images, labels, methods or seeds than the plain ones are added
+to the name.
 """
 
 import argparse
@@ -30,14 +31,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import clamp
 
-# Data, and features [n, f] and labels [n] of some of its images: number k is image rows[k] of data.
+# Data, and of some of its images, data's number rows[k] for k < n, features [n, f] and labels [n].
 Split = namedtuple("Split", "data rows features labels")
 POWER_LAW = 10, 100  # first and last rank of the eigenvalues to which a power law is fitted
 
@@ -48,7 +48,7 @@ def load_backbone(path, pretrained=True):
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = clamp.load(path)
-        # Untrained, residual branches that start from zero would make a much lower floor.
+        # Not zero_init: it would lower the untrained floor by much, and else weights are loaded.
         backbone = clamp.build_backbone(saved["arch"], saved["stem"])
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
@@ -133,8 +133,6 @@ def finetune(backbone, batches, steps, lr, shape, dtype, desc):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-    for statistic in backbone.buffers() if world > 1 else []:  # of batch norm, each process's own
-        dist.broadcast(statistic, 0)
     return backbone.eval(), head
 
 
@@ -210,7 +208,8 @@ def evaluate(args):
             print(json.dumps(result))
             folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
             file = folder / ("-".join(filter(None, parts)) + ".json")
-            file.write_text(json.dumps(result | unprinted) + "\n")
+            written = result | unprinted | {"settings": vars(args)}
+            file.write_text(json.dumps(written) + "\n")
         return result
 
     test = load("test")
@@ -233,7 +232,7 @@ def evaluate(args):
 
     train = load("train", args.limit, args.labels)
     mean, std = train.features.mean(0), train.features.std(0)
-    std = std.clamp(min=0.01 * std.mean().item())  # dead here, perhaps not in a crop
+    std = std.clamp(min=0.01 * std.mean().item())  # constant here, perhaps not in crops
     width, classes = train.features.shape[1], int(train.data.labels.max()) + 1
     crop_and_flip = clamp.MultiViewAugment(trained["size"], 1, jitter_p=0, gray_p=0, blur_p=[0])
 
@@ -341,8 +340,7 @@ def parse_args(argv=None):
     defaults = dict(lr=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3], epochs=100)
     if args.finetune:
         defaults = dict(lr=[0.1, 0.2, 0.4, 0.8], epochs=20)  # published
-    args = argparse.Namespace(**defaults | vars(args))
-    return args
+    return argparse.Namespace(**defaults | vars(args))
 
 
 if __name__ == "__main__":

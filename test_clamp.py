@@ -282,9 +282,8 @@ def test_several_processes_train_what_one_does(tmp_path):
             network, whole = (torch.load(tmp_path / f"{data}-{n}" / "checkpoint.pt")["network"]
                               for n in (world, 1))
             torch.testing.assert_close(network, whole, rtol=1e-3, atol=2e-5)
-            logs = [json.loads((tmp_path / f"{data}-{n}" / "log.jsonl").read_text().splitlines()[1])
-                    for n in (world, 1)]
-            assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+            ours, expected = (read_log(tmp_path / f"{data}-{n}")[1] for n in (world, 1))
+            assert ours == pytest.approx(expected, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------ augmentation
@@ -676,6 +675,13 @@ def run(*command, code=0, **options):
     return result
 
 
+def read_log(folder):
+    """The lines of log.jsonl, without the time they took."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(record.pop("seconds") >= 0 for record in records)
+    return records
+
+
 def states(folder):
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     return checkpoint["network"], checkpoint["optimizer"]["state"]
@@ -704,8 +710,7 @@ def assert_same_runs(whole, other):
     a, b = (torch.load(out / "backbone.pt") for out in (whole, other))
     assert a["epoch"] == b["epoch"] == 3
     torch.testing.assert_close(a["backbone"], b["backbone"], rtol=0, atol=0)
-    logs = [(out / "log.jsonl").read_text() for out in (whole, other)]
-    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
+    assert read_log(whole) == read_log(other) and len(read_log(whole)) == 3
     assert not list(other.glob("*.part"))
 
 
@@ -752,7 +757,7 @@ def test_max_reach_bounds_who_is_a_neighbour(tmp_path):
     few = ["--epochs", "1", "--warmup-epochs", "0"]
     for reach, neighbours in (("0.001", 0), ("2.5", 31)):  # centres are at most 2 apart
         train_once(tmp_path / reach, *few, "--max-reach", reach)
-        assert json.loads((tmp_path / reach / "log.jsonl").read_text())["neighbours"] == neighbours
+        assert read_log(tmp_path / reach)[0]["neighbours"] == neighbours
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -837,10 +842,12 @@ def test_command_line_end_to_end(tmp_path):
     out = tmp_path / "run"
     train = ["clamp.py", *TINY, "--out", out]
     run(*train)
-    files = {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
+    files = {"views.png", "settings.json", "log.jsonl", "checkpoint.pt", "backbone.pt"}
     assert {file.name for file in out.iterdir()} == files
     assert Image.open(out / "views.png").size == (2 * 34 + 2, 8 * 34 + 2)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["batch_size"] == 32 and settings["lr"] == clamp.PATTERNS["lr"]
+    log = read_log(out)
     assert [line["epoch"] for line in log] == [1, 2, 3]
     assert ["knn" in line for line in log] == [False, True, True]
     assert {"loss", "radius", "neighbours", "lr"} <= log[0].keys()
@@ -850,8 +857,10 @@ def test_command_line_end_to_end(tmp_path):
 
     assert "finished" in run(*train).stdout
     floors, result = [], run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()
-    assert json.loads(result[-1]) == json.loads((out / "linear.json").read_text())
-    assert json.loads(result[-1]).keys() == {
+    written = json.loads((out / "linear.json").read_text())
+    settings = written.pop("settings")
+    assert settings["epochs"] == 2 and not settings["random_init"]
+    assert json.loads(result[-1]) == written and written.keys() == {
         "top1", "top5", "knn", "lr", "data", "n_train", "n_test", "epoch", "seconds"}
     for _ in range(2):
         flags = ["--epochs", "2", "--random-init", "--limit", "500"]
@@ -859,17 +868,21 @@ def test_command_line_end_to_end(tmp_path):
         floor = json.loads((out / "linear-random-init-limit-500.json").read_text())
         floors.append(floor["knn"])
     assert floor["n_train"] == 500 and floor["n_test"] == 2000 and floors[0] == floors[1]
-    assert json.loads((out / "linear.json").read_text()) == json.loads(result[-1])
+    assert json.loads((out / "linear.json").read_text()) == written | {"settings": settings}
 
     assert "continuing" not in run(*train, "--lr", "0.3", "--fresh", "--epochs", "2").stdout
-    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert len(read_log(out)) == 2
     assert not (out / "linear.json").exists()
 
 
 def test_two_processes_train_and_evaluate(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*torchrun, "clamp.py", *TINY, "--out", tmp_path)
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    run(*torchrun, "clamp.py", *TINY, "--amp", "off", "--out", tmp_path)
+    backbone, _ = eval_linear.load_backbone(tmp_path)  # rank 0's, with its batch norm
+    data = clamp.load_data("patterns", limit=96)
+    features, _ = clamp.extract_features(backbone, data, torch.arange(96), 32,
+                                         torch.device("cpu"), torch.float32)
+    assert read_log(tmp_path)[2]["knn"] == clamp.knn_accuracy(features, data.labels)
     results = []
     flags = ["--epochs", "2", "--amp", "off", "--lr", "0.03"]
     for launch in ([], torchrun):
@@ -1134,7 +1147,7 @@ def test_readme_example_of_other_losses(tmp_path):
         torch.testing.assert_close(losses[name](z, 0)[0], value)
     (tmp_path / "peers.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}")
     run(tmp_path / "peers.py", "vicreg", *TINY, "--out", tmp_path / "run")
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+    assert len(read_log(tmp_path / "run")) == 3
 
 
 # ------------------------------------------------------------------------------ CUDA
@@ -1162,7 +1175,7 @@ def test_cuda_agrees_with_cpu():
 def test_cuda_trains(flags, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     run(*torchrun, "clamp.py", *TINY, *flags, "--device", "cuda", "--out", tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path)
     assert len(log) == 3 and all(math.isfinite(line["loss"]) for line in log)
 
 
