@@ -719,8 +719,8 @@ def start_processes(device="auto"):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: no GPU for process {local_rank} among "
-                            f"{torch.cuda.device_count()}; lower --nproc-per-node, or --device cpu")
+            raise UserError(f"--device cuda: no GPU for process {local_rank + 1} of this node, with "
+                            f"{torch.cuda.device_count()}; --device cpu, or lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
@@ -1144,8 +1144,9 @@ def parse_args(argv=None):
     return args
 
 
-def command_line(main):
-    """Run main(); an error that the user can put right ends it with one line, exit status 2."""
+def command_line(main, hint=""):
+    """Run main(); an error that the user can put right ends it with one line, exit status 2, Ctrl-C
+    with one that `hint` ends, exit status 130."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
@@ -1156,7 +1157,7 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.barrier()
@@ -1164,4 +1165,4 @@ def command_line(main):
 
 
 if __name__ == "__main__":
-    command_line(lambda: train(parse_args()))
+    command_line(lambda: train(parse_args()), "; the same command without --fresh goes on")

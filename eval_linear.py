@@ -53,7 +53,8 @@ def load_backbone(path, pretrained=True):
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
     except FileNotFoundError:
-        raise clamp.UserError(f"{path}: no such file; name a run folder or a backbone.pt") from None
+        raise clamp.UserError(f"{path}: no such file; name a run folder, after its first epoch, or "
+                              "a backbone.pt") from None
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: not a backbone that clamp.py wrote, or damaged") from None
     return backbone.eval(), saved
