@@ -460,7 +460,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the peak learning rate: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # which may be a fraction
+        return min(1, (step + 1) / warmup)  # warmup may be a fraction
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -719,7 +719,7 @@ def start_processes(device="auto"):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: no GPU for process {local_rank + 1} of this node, with "
+            raise UserError(f"--device cuda: no GPU for process {local_rank + 1}, there are "
                             f"{torch.cuda.device_count()}; --device cpu, or lower --nproc-per-node")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
@@ -750,10 +750,10 @@ def embed(network, x, dtype):
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0, desc="features"):
     """Features float32 [n, f] of the images `rows` [n] by the backbone, which is in eval mode, and
-    the rows that could be read. The images are divided among processes; each returns all features.
-    """
+    the rows that could be read. The images are divided among processes, which all take rank 0's
+    batch norm statistics; each returns all features."""
     rank, world = rank_and_world()
-    for statistic in backbone.buffers() if world > 1 else []:  # of batch norm, each process's own
+    for statistic in backbone.buffers() if world > 1 else []:  # on CPUs, each process's own so far
         dist.broadcast(statistic, 0)
     n = len(rows)
     share = rows[torch.arange(-(-n // world) * world).view(-1, world)[:, rank] % n]
@@ -793,7 +793,7 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
 def save(path, content):
     """Write whole or not at all: a run that is killed meanwhile keeps the file before."""
     part, memory = Path(f"{path}.part"), io.BytesIO()
-    torch.save(content, memory)  # to a full disk it would not say what is wrong
+    torch.save(content, memory)  # straight to a full disk, it would not say what is wrong
     try:
         with open(part, "wb") as file:
             file.write(memory.getbuffer())

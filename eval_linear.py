@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import clamp
 
-# Data, and of some of its images, data's number rows[k] for k < n, features [n, f] and labels [n].
+# Features [n, f] and labels [n] of some of data's images: row k is of data's image rows[k].
 Split = namedtuple("Split", "data rows features labels")
 POWER_LAW = 10, 100  # first and last rank of the eigenvalues to which a power law is fitted
 
@@ -48,7 +48,7 @@ def load_backbone(path, pretrained=True):
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = clamp.load(path)
-        # Not zero_init: it would lower the untrained floor by much, and else weights are loaded.
+        # Without zero_init, which would lower the untrained floor by much; weights replace it.
         backbone = clamp.build_backbone(saved["arch"], saved["stem"])
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
