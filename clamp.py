@@ -22,7 +22,6 @@ import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# ---------------- packing loss
+# -------- packing loss
 
 def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1e-3,
                  prefactor=0.5):
@@ -47,10 +46,9 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
         E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
         loss = log(E)
 
-    z: embeddings [m, b, d] of m >= 2 views of b images; float64 is computed in float64, every other
-        type in float32
-    center: subtract the mean of all embeddings before they are projected onto the sphere
-    min_distance: pairs of centres closer than this are left out
+    z: embeddings [m, b, d] of m >= 2 views of b images. All but float64 are taken to float32.
+    center: subtract the mean of all embeddings before they are projected onto the sphere.
+    min_distance: pairs of centres closer than this are left out.
 
     Returns the loss and a dict of detached numbers that describe the packing. Raises ValueError if
     z has another shape."""
@@ -67,7 +65,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
         radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
         distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # close pairs cancel
-        reach = (radii[:, None] + radii).clamp(max=max_reach)  # R_ij
+        reach = (radii[:, None] + radii).clamp(max=max_reach)
         repel = (distance > min_distance) & (distance < reach)
         repel.fill_diagonal_(False)  # no ellipsoid repels itself
         overlap = (1 - distance / reach).where(repel, 0)
@@ -88,10 +86,10 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
     return loss, geometry
 
 
-# ---------------- augmentation
-# Batched on the images' device: every view of every image draws its own parameters. The operators
-# take pictures [n, 3, h, w] in 0..1 and parameters [n, 1, 1, 1], for which 0 changes nothing. They
-# agree with torchvision's. No number is copied to the device, because that would wait for it.
+# -------- augmentation
+# Every view of every image draws its own parameters. The operators take pictures [n, 3, h, w] in
+# 0..1 and parameters [n, 1, 1, 1], for which 0 changes nothing, and they agree with torchvision's.
+# They copy no number to the device, because such a copy would wait for it.
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -223,7 +221,7 @@ class MultiViewAugment:
         return normalize(torch.where(solarized & (x >= 0.5), 1 - x, x))
 
 
-# ---------------- network and optimiser
+# -------- network and optimiser
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
@@ -254,8 +252,8 @@ def embed(network, x, dtype):
 
 class LARS(torch.optim.SGD):
     """SGD with momentum that adds weight decay to the gradient g of each tensor w, and scales it by
-    eta |w| / (|g| + weight_decay |w|) (arXiv 1708.03888). It leaves biases and batch norm, which
-    have one dimension, as they are. eta = 0 is plain SGD."""
+    eta |w| / (|g| + weight_decay |w|) (arXiv 1708.03888), but leaves the gradients of biases and
+    batch norm as they are. eta = 0 is plain SGD."""
 
     def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
         super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
@@ -280,12 +278,12 @@ def lr_scale(step, warmup, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# ---------------- data
+# -------- data
 # Images are a uint8 tensor [n, 3, H, W], or a list of n files that are streamed. Labels are int64
 # [n], -1 if unknown; training uses them for its k-NN read-out only.
 
 class UserError(Exception):
-    """Something that the user can put right. The message says how."""
+    """Something that the user can put right; the message says how."""
 
 
 def draw_patterns(n, seed, size=32):
@@ -330,7 +328,7 @@ def load_data(name, split, limit=None, seed=0, skip_broken=False):
         images, labels = download(name, split)
     else:
         images, labels = read_folder(Path(name), split, skip_broken)
-    if limit and limit < len(labels):
+    if limit:
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
         images = images[kept] if torch.is_tensor(images) else [images[k] for k in kept]
         labels = labels[kept]
@@ -338,7 +336,7 @@ def load_data(name, split, limit=None, seed=0, skip_broken=False):
 
 
 def download(name, split):
-    """To data/, by torchvision. The first process of a node downloads while the others wait."""
+    """By torchvision, to data/. The first process of a node downloads while the others wait."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         dist.barrier()
@@ -353,7 +351,7 @@ def download(name, split):
 
 
 def read_folder(path, split, skip_broken):
-    """Pictures of one size, at most 256 px and 4 GB, are decoded at once; others are streamed."""
+    """Decodes pictures of one size, at most 256 px and 4 GB; others will be streamed."""
     labelled = (path / "train").is_dir()
     root = path / split if labelled else path
     if split == "test" and not root.is_dir():
@@ -376,7 +374,7 @@ def read_folder(path, split, skip_broken):
 
 def read_picture(files, k, skip_broken):
     """files[k] as uint8 [3, H, W]. A broken file is an error or, with skip_broken, it is named in a
-    warning and the next file takes its place."""
+    warning, and the next file takes its place."""
     for file in (files[i % len(files)] for i in range(k, k + len(files))):
         try:
             return v2.functional.pil_to_tensor(folder.default_loader(file))
@@ -388,13 +386,13 @@ def read_picture(files, k, skip_broken):
 
 
 def crop_files(rows, files, crop, skip_broken):
-    """The crops of the pictures files[rows]; each file is decoded once for all its crops."""
+    """The crops of files[rows]; each file is decoded once for all its crops."""
     return torch.stack([crop(read_picture(files, k, skip_broken)) for k in rows])
 
 
 def image_batches(images, batches, crop, device, workers=0, skip_broken=False):
-    """Yield the images in each row of `batches`, indices [steps, b]: whole, or as the crops that
-    crop() makes of streamed images in a loader worker."""
+    """Yield the images in each row of `batches`, indices [steps, b]. Of streamed images it yields
+    the crops that crop() makes in a loader worker."""
     if torch.is_tensor(images):
         yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
         return
@@ -405,7 +403,7 @@ def image_batches(images, batches, crop, device, workers=0, skip_broken=False):
     yield from (crops.to(device, non_blocking=True) for crops in loader)
 
 
-# ---------------- read-out and processes
+# -------- read-out and processes
 
 def center_crop(images, size):
     """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images that have this size stay whole."""
@@ -426,17 +424,17 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0, ski
 def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
     """Accuracy in % of a k-nearest-neighbour vote weighted by exp(cosine / 0.07) (arXiv
     1805.01978). Without queries, each row of the bank is classified by the other rows."""
-    leave_one_out = queries is None
-    if leave_one_out:
+    alone = queries is None
+    if alone:
         queries, labels = bank, bank_labels
     norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0
-    for start in range(0, len(queries), 1024):
-        cosine = F.normalize(queries[start:start + 1024]) @ bank.T / norms
-        if leave_one_out:
-            cosine.diagonal(start).fill_(-math.inf)
-        cosine, nearest = cosine.topk(min(k, len(bank) - leave_one_out))
+    for k_batch, (q, y) in enumerate(zip(queries.split(1024), labels.split(1024))):
+        cosine = F.normalize(q) @ bank.T / norms
+        if alone:
+            cosine.diagonal(1024 * k_batch).fill_(-math.inf)
+        cosine, nearest = cosine.topk(min(k, len(bank) - alone))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
-        correct += (votes.sum(1).argmax(1) == labels[start:start + 1024]).sum().item()
+        correct += (votes.sum(1).argmax(1) == y).sum().item()
     return 100 * correct / len(queries)
 
 
@@ -464,22 +462,21 @@ def start_processes(args):
     local_rank, amp = int(os.environ.get("LOCAL_RANK", 0)), args.amp
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(f"--device cuda: no GPU for process {local_rank + 1}; use --device cpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2),
-                                device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if amp == "auto":
-        bf16 = (torch.cuda.get_device_capability() >= (8, 0) if cuda
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
                 else torch.cpu._is_avx512_bf16_supported())
-        amp = "bf16" if bf16 else "fp16" if cuda else "off"
+        amp = "bf16" if fast else "fp16" if cuda else "off"
     return device, dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
 
 
-# ---------------- training
+# -------- training
 
 def save(path, content):
     """Write a file whole or not at all: a run killed meanwhile keeps the file before."""
@@ -506,12 +503,11 @@ def load_checkpoint(out, settings):
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many kinds
         raise UserError(f"{out}/checkpoint.pt: missing or damaged; --fresh starts over") from None
-    free = {"out", "fresh", "recipe", "device", "workers"}
-    changed = sorted(k for k in (settings.keys() | saved.keys()) - free
-                     if settings.get(k) != saved.get(k))
+    names = (settings.keys() | saved.keys()) - {"out", "fresh", "recipe", "device", "workers"}
+    changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
-        raise UserError(f"{out}/ holds a run with another {', '.join(changed)}; --fresh starts "
-                        "over, another --out keeps it")
+        raise UserError(f"{out}/ holds a run with another {changed}; --fresh starts over, another "
+                        "--out keeps it")
     return checkpoint
 
 
@@ -523,13 +519,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment: as MultiViewAugment
     data: images and labels, as load_data returns them
 
-    Raises UserError if the data or an earlier run in args.out do not fit, or if the run diverges.
-    """
+    Raises UserError if data or an earlier run in args.out do not fit, or if the run diverges."""
     device, dtype = start_processes(args)
     (rank, world), out = rank_and_world(), Path(args.out)
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
-    settings = vars(args) | {name: getattr(part, "__name__", type(part).__name__)
-                             for name, part in own.items() if part is not None}
+    settings = vars(args) | {k: getattr(v, "__name__", type(v).__name__)
+                             for k, v in own.items() if v is not None}
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(checkpoint, device=device)
@@ -542,9 +537,9 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                         f"of processes, and at most {n}, the number of images")
     images = images.to(device) if torch.is_tensor(images) else images
     labelled = (labels >= 0).nonzero()[:, 0]
-    labelled = labelled[torch.randperm(len(labelled), generator=torch.Generator())[:5000]]
-
     torch.manual_seed(args.seed)
+    labelled = labelled[torch.randperm(len(labelled))[:5000]]
+
     loss_fn = loss_fn or partial(packing_loss, radius_scale=args.radius_scale,
                                  max_reach=args.max_reach)
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
@@ -595,7 +590,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                 norm = nn.utils.get_total_norm(network.parameters())
                 if not math.isfinite(readings[-1]["loss"]) or not norm.isfinite():
                     raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; start "
-                                    "over (--fresh) with a lower --lr or --amp off")
+                                    "over with --fresh and a lower --lr")
         if rank > 0:
             continue
         log.append({"epoch": epoch + 1, "lr": lr, "seconds": round(time.time() - began, 1)})
@@ -607,16 +602,16 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         state = {"epoch": epoch + 1, "settings": settings}
+        save(out / "backbone.pt", state | {"backbone": network.backbone.state_dict()})
         save(out / "checkpoint.pt", state | {
             "log": log, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
-        save(out / "backbone.pt", state | {"backbone": network.backbone.state_dict()})
     bar.close()
     if rank == 0:
-        print(f"finished {out}/; next: python eval_linear.py {out}")
+        print(f"finished; next: python eval_linear.py {out}")
 
 
-# ---------------- settings
+# -------- settings
 # The flags' defaults are the published settings for CIFAR-10. A recipe lists what it changes.
 
 IMAGENET = dict(  # published
@@ -637,11 +632,11 @@ RECIPES = {
 
 
 def check_numbers(parser, args, **least):
-    """Every number must be finite and at least what `least` says, or else 0."""
+    """Every number must be finite and at least what `least` says, or 0."""
     for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not least.get(name, 0) <= number < math.inf:
-                parser.error(f"--{name.replace('_', '-')} {number}: give {least.get(name, 0)} or more")
+        low, numbers = least.get(name, 0), value if isinstance(value, list) else [value]
+        if any(isinstance(x, (int, float)) and not low <= x < math.inf for x in numbers):
+            parser.error(f"--{name.replace('_', '-')} {value}: give {low} or more")
 
 
 def parse_args(argv=None):
@@ -651,10 +646,10 @@ def parse_args(argv=None):
 
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        description="Train CLAMP. --recipe NAME --help shows NAME's settings.",
+        description="Train CLAMP. See a recipe's settings by --recipe NAME --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="default: patterns without --data, small with it")
+    add("--recipe", choices=RECIPES, help="patterns without --data, small with it")
     add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=int, help="train on this many images, chosen at random")
     add("--out", help="run folder; default: runs/<data>")
@@ -670,12 +665,12 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=1e-6, help="not of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
     add("--stem", choices=("imagenet", "small"), default="small", help="small: 3x3, no max-pool")
-    add("--zero-init", action=argparse.BooleanOptionalAction, default=False, help="see the code")
+    add("--zero-init", action=argparse.BooleanOptionalAction, default=False, help="see the README")
     add("--projector", type=widths, default="2048-256", help="widths of the projector's layers")
     add("--size", type=int, default=32, help="side of a view in pixels")
     add("--crop-scale", type=float, nargs=2, default=[0.08, 1.0], help="part of the area kept")
     add("--flip-p", type=float, default=0.5, help="probability of a flip")
-    add("--jitter", type=float, nargs=4, default=[0.8, 0.8, 0.8, 0.2], help="of colours, 0 to 1")
+    add("--jitter", type=float, nargs=4, default=[0.8, 0.8, 0.8, 0.2], help="0..1 of each kind")
     add("--jitter-p", type=float, default=0.8, help="probability of colour jitter")
     add("--gray-p", type=float, default=0.2, help="probability of grey")
     add("--blur-kernel", type=int, default=3, help="taps of the Gaussian blur, odd")

@@ -52,8 +52,8 @@ def load_backbone(path, pretrained=True, backbone=None):
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many kinds
-        raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run folder "
-                              "or a backbone.pt") from None
+        raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
+                              "folder or a backbone.pt") from None
     return backbone.eval(), saved
 
 
