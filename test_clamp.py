@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -42,7 +41,13 @@ def embeddings(m, b, d, noise=0.3, seed=0, dtype=torch.float64):
     return (centers + offsets).to(dtype)
 
 
-# ---------------------------------------------------------------------------- packing loss
+def tiny_network(seed=0, norm=nn.BatchNorm2d):
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), norm(8), nn.Tanh(), nn.Flatten())
+    return nn.Sequential(OrderedDict(backbone=backbone, projector=nn.Linear(8 * 49, 16)))
+
+
+# -------- packing loss
 
 
 def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1e-3, prefactor=0.5):
@@ -84,15 +89,13 @@ def test_loss_and_gradient_equal_the_equations(shape, options):
                 "spread": (centers - centers.mean(0)).norm(dim=1).square().mean().sqrt().item(),
                 "participation_ratio": (spectrum.sum() ** 2 / spectrum.square().sum()).item()}
     assert {k: v.item() for k, v in geometry.items()} == pytest.approx(expected, rel=1e-6)
-    assert not any(value.requires_grad for value in geometry.values())
 
 
-@pytest.mark.parametrize("case", ["coincident", "one image", "two views", "zero radii", "apart",
-                                  "same centres", "bfloat16", "half"])
+@pytest.mark.parametrize("case", ["coincident", "one image", "zero radii", "apart", "same centres",
+                                  "bfloat16", "half"])
 def test_gradients_are_finite(case):
     z = {"coincident": torch.ones(4, 8, 16),
          "one image": embeddings(4, 1, 16),
-         "two views": embeddings(2, 8, 16),
          "zero radii": embeddings(4, 8, 16, noise=0.0),
          "apart": torch.eye(8).expand(4, 8, 8) + 1e-5 * torch.randn(4, 8, 8),
          "same centres": embeddings(4, 1, 16).expand(4, 40, 16),
@@ -117,49 +120,17 @@ def test_close_centres_in_float32_have_the_gradient_of_float64():
     assert grads[0].any() and (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
 
-def test_loss_is_invariant_and_ignores_autocast():
-    z = embeddings(4, 9, 6)
-    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    loss = clamp.packing_loss(z)[0]
-    for same in (z[:, torch.randperm(9)], z[torch.randperm(4)], z @ rotation, 5 * z, z + 3):
-        torch.testing.assert_close(clamp.packing_loss(same)[0], loss)
-    assert abs(clamp.packing_loss(z + 3, center=False)[0] - loss) > 1e-3
+def test_loss_ignores_autocast_and_refuses_other_shapes():
+    z = embeddings(4, 9, 6, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert clamp.packing_loss(z.float())[0] == clamp.packing_loss(z.float())[0]
-        assert abs(clamp.packing_loss(z.float())[0] - loss) < 1e-5
+        inside = clamp.packing_loss(z)[0]
+    assert inside == clamp.packing_loss(z)[0]
     for wrong in (z[:1], z[0]):
         with pytest.raises(ValueError, match="views >= 2"):
             clamp.packing_loss(wrong)
 
 
-def test_overlapping_pair_moves_apart_and_shrinks_and_a_separated_pair_stays():
-    def pair(angle, spread=0.05):
-        """Two clouds of 4 points on the unit sphere in 3-d, `angle` apart."""
-        t = torch.tensor([-spread, spread, 0, 0], dtype=torch.float64)
-        p = t.roll(2)
-        clouds = [torch.stack([(a + t).cos() * p.cos(), (a + t).sin() * p.cos(), p.sin()], 1)
-                  for a in (0.0, angle)]
-        return torch.stack(clouds, 1).requires_grad_()
-
-    def size_and_distance(z):
-        z = F.normalize(z, dim=-1)
-        return (z - z.mean(0)).norm(dim=-1).mean(), (z.mean(0)[0] - z.mean(0)[1]).norm()
-
-    z = pair(angle=0.2)
-    loss, geometry = clamp.packing_loss(z, center=False)
-    loss.backward()
-    assert geometry["neighbours"] == 1
-    (size, distance), (size_after, distance_after) = map(size_and_distance, (z, z - 1e-3 * z.grad))
-    assert distance_after > distance and size_after < size
-
-    z = pair(angle=2.0)
-    loss, geometry = clamp.packing_loss(z, center=False)
-    loss.backward()
-    assert geometry["neighbours"] == 0 and loss.item() == pytest.approx(math.log(1e-6))
-    assert (z.grad == 0).all()
-
-
-# ---------------------------------------------------------------------------- processes
+# -------- processes
 
 
 def spawn(function, world, *args):
@@ -181,9 +152,8 @@ def join(rank, world, port, function, args):
 
 
 def contrast(z):
-    """A loss of the kind that a user may write, which compares every embedding with every other."""
-    z = z.flatten(0, 1)
-    return (z @ z.T).logsumexp(1).mean(), {}
+    """A loss of the kind that a user may write: it compares all embeddings of all processes."""
+    return (z.flatten(0, 1) @ z.flatten(0, 1).T).logsumexp(1).mean(), {}
 
 
 def loss_of_share(folder):
@@ -201,18 +171,6 @@ def loss_of_share(folder):
     torch.save(results, f"{folder}/loss-{world}-{rank}.pt")
 
 
-class SmoothNetwork(nn.Module):
-    """Without batch norm, whose statistics are each process's own on a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.Tanh(), nn.Flatten())
-        self.projector = nn.Linear(8 * 49, 6)
-
-    def forward(self, x):
-        return self.projector(self.backbone(x))
-
-
 class FixedViews(clamp.MultiViewAugment):
     """The same shifts of every image each time, so that all processes make the same views."""
 
@@ -224,8 +182,8 @@ class FixedViews(clamp.MultiViewAugment):
 def train_shares(folder):
     loss_of_share(folder)
     rank, world = clamp.rank_and_world()
-    torch.manual_seed(rank)  # DDP gives every process the weights of the first
-    network = SmoothNetwork()
+    # DDP gives every process the first one's weights. Batch norm has each process's statistics.
+    network = tiny_network(seed=rank, norm=nn.Identity)
     args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
                              "--amp", "off", "--out", f"{folder}/run-{world}"])
     clamp.train(args, network=network, augment=FixedViews(32, 3))
@@ -247,7 +205,7 @@ def test_several_processes_have_the_gradient_of_one_and_train_alike(tmp_path):
         assert ours == pytest.approx(expected, rel=1e-3)
 
 
-# ---------------------------------------------------------------------------- augmentation
+# -------- augmentation
 
 
 def pictures(n=12, height=20, width=28, seed=0):
@@ -275,13 +233,6 @@ def test_operators_equal_torchvision(ours, theirs, low, high):
     torch.testing.assert_close(ours(x, parameter.view(-1, 1, 1, 1)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", [clamp.brightness, clamp.contrast, clamp.saturation, clamp.hue,
-                                      lambda x, zero: clamp.gaussian_blur(x, zero, 9)])
-def test_operators_with_parameter_zero_change_nothing(operator):
-    x = pictures()
-    torch.testing.assert_close(operator(x, torch.zeros(12, 1, 1, 1)), x, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("size", [8, 16, 40])
 def test_resized_crop_equals_torchvision(size):
     x = pictures()
@@ -299,8 +250,7 @@ def test_boxes_are_distributed_as_torchvisions():
     scale = 0.08, 1.0
     ours = clamp.draw_boxes(picture.expand(4000, 3, 24, 40), scale).T
     theirs = torch.tensor([crop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
-    assert (ours[:, 0] + ours[:, 2] <= 24).all() and (ours[:, 1] + ours[:, 3] <= 40).all()
-    assert (ours >= 0).all() and (ours[:, 2:] >= 1).all()
+    assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= torch.tensor([24, 40])).all()
     for a, b in ((ours, theirs.float()), (ours.square(), theirs.float().square())):
         torch.testing.assert_close(a.mean(0), b.mean(0), rtol=0.06, atol=0.1)
     for height, width in ((10, 100), (10, 101), (91, 8), (9, 9)):  # nothing fits: the centre
@@ -347,7 +297,7 @@ def test_every_view_of_every_image_is_its_own():
     torch.testing.assert_close(plain, expected.expand(2, 3, 3, 32, 32))
 
 
-# ---------------------------------------------------------------------------- network, optimiser
+# -------- network, optimiser
 
 
 @pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
@@ -361,27 +311,10 @@ def test_backbone_has_torchvisions_keys(arch, features, stem, left):
     if stem == "imagenet":
         backbone.avgpool, theirs.fc = theirs.avgpool, nn.Identity()
         theirs.load_state_dict(backbone.state_dict())
-        x = torch.randn(2, 3, 64, 64)
-        torch.testing.assert_close(theirs.eval()(x), backbone(x))
+        torch.testing.assert_close(theirs.eval()(x := torch.randn(2, 3, 64, 64)), backbone(x))
 
 
-@pytest.mark.parametrize("zero_init", [False, True])
-def test_zero_init_makes_residual_blocks_start_as_identities(zero_init):
-    backbone = clamp.build_backbone("resnet18", zero_init=zero_init)
-    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        x = torch.rand(2, len(stage[1].conv1.weight[0]), 4, 4)
-        assert torch.equal(stage[1](x), x) == zero_init
-
-
-def test_projector_follows_its_string():
-    network = clamp.build_network(clamp.parse_args(["--projector", "64-32-8"]))
-    layers = [type(layer).__name__ for layer in network.projector]
-    assert layers == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
-    shapes = [layer.weight.shape for layer in network.projector[::2]]
-    assert shapes == [(64, 512), (32, 64), (8, 32)]
-
-
-@pytest.mark.parametrize("eta", [0.1, 0.0])
+@pytest.mark.parametrize("eta", [0.1, 0])
 def test_lars_by_hand(eta):
     torch.manual_seed(0)
     weight, bias, zero = torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)
@@ -405,22 +338,20 @@ def test_lars_by_hand(eta):
 
 def test_schedule():
     scale = [clamp.lr_scale(step, 10, 110) for step in range(110)]
-    assert scale[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
-    assert scale[10] == 1 and scale[60] == pytest.approx(0.5) and 0 < scale[109] < 1e-3
-    assert clamp.lr_scale(0, 0, 5) == 1 and clamp.lr_scale(0, 0.5, 5) == 1
+    assert scale[:11] == pytest.approx([0.1 * k for k in range(1, 11)] + [1])
+    assert scale[60] == pytest.approx(0.5) and 0 < scale[109] < 1e-3
 
 
-# ---------------------------------------------------------------------------- data
+# -------- data
 
 
 def test_patterns_are_balanced_seeded_disjoint_grey_and_not_told_by_pixels():
     (x, y), (again, _), (test_x, test_y) = (
         clamp.load_data("patterns", split) for split in ("train", "train", "test"))
     assert x.dtype == torch.uint8 and x.shape == (5000, 3, 32, 32) and torch.equal(x, again)
-    assert (x[:, 0] == x[:, 1]).all() and (x[:, 0] == x[:, 2]).all()
-    assert max(y.bincount()) - min(y.bincount()) <= 1 and len(y.bincount()) == 6
-    rows = {bytes(image.numpy().tobytes()) for image in x}
-    assert len(rows) == len(x) and not rows & {bytes(i.numpy().tobytes()) for i in test_x}
+    assert (x == x[:, :1]).all() and max(y.bincount()) - min(y.bincount()) <= 1
+    rows, test_rows = ({image.numpy().tobytes() for image in i} for i in (x, test_x))
+    assert len(rows) == len(x) and not rows & test_rows
     pixels, test_pixels = (F.pad(i[:, 0].flatten(1).double() / 255, (0, 1), value=1)
                            for i in (x, test_x))
     gram = pixels.T @ pixels + 10 * torch.eye(1025, dtype=torch.float64)
@@ -450,11 +381,10 @@ def test_folders(tmp_path):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))[:5]
     assert torch.equal(few, images[order]) and torch.equal(few_labels, labels[order])
 
-    for k, sizes in enumerate([((40, 50), (70, 30)), ((300, 20),)]):
-        write_pictures(tmp_path / f"{k}" / "deep" / "nested", 4, sizes)
-        files, labels = clamp.load_data(str(tmp_path / f"{k}"), "train")
-        assert [Path(f).name for f in files] == ["000.jpg", "001.png", "002.jpg", "003.png"]
-        assert (labels == -1).all()
+    write_pictures(tmp_path / "flat" / "nested", 4, ((40, 50), (70, 30)))
+    files, labels = clamp.load_data(str(tmp_path / "flat"), "train")
+    assert [Path(f).name for f in files] == ["000.jpg", "001.png", "002.jpg", "003.png"]
+    assert (labels == -1).all()
 
 
 @pytest.mark.parametrize("sizes", [((32, 32),), ((40, 50), (70, 30))])
@@ -473,17 +403,6 @@ def test_broken_pictures_are_replaced_in_training_and_refused_in_evaluation(size
         list(clamp.image_batches(images, rows, crop, CPU))
 
 
-def test_pictures_of_any_mode_load_as_rgb(tmp_path):
-    gray = Image.fromarray((torch.arange(48 * 48).view(48, 48) / 9).byte().numpy())
-    for mode in ("L", "P", "RGBA", "1"):
-        gray.convert(mode).save(tmp_path / f"{mode}.png")
-    gray.convert("RGB").convert("CMYK").save(tmp_path / "CMYK.jpg", quality=100)
-    images, _ = clamp.load_data(str(tmp_path), "train")
-    assert images.shape == (5, 3, 48, 48)
-    error = (images[1:].float() - TF.pil_to_tensor(gray).float()).abs().mean((1, 2, 3))
-    assert (error < 3).sum() == 4 or (error < 3).sum() == 3  # "1" is black and white
-
-
 def test_streamed_views_come_from_the_right_picture(tmp_path):
     for k, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         Image.new("RGB", (50 + 10 * k, 40), color).save(tmp_path / f"{k}.png")
@@ -500,7 +419,7 @@ def test_streamed_views_come_from_the_right_picture(tmp_path):
     assert features.argmax(1).tolist() == [0, 1, 2]
 
 
-# ---------------------------------------------------------------------------- evaluation
+# -------- evaluation
 
 
 def test_knn_equals_a_loop():
@@ -590,23 +509,14 @@ def test_labels_by_fraction_and_by_list(tmp_path):
     files = [f"{k}/{i:03}.jpg" for i, k in enumerate(labels.tolist())]
     rows = eval_linear.labelled_rows(files, labels, 0.1, seed=0)
     assert labels[rows].bincount().tolist() == [4, 8, 0, 1] and len(set(rows.tolist())) == 13
-    assert torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=0))
     assert not torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=1))
     (tmp_path / "list").write_text("002.jpg\n100.jpg\n")
     assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
-    (tmp_path / "list").write_text("absent.jpg\n100.jpg\n")
-    with pytest.raises(clamp.UserError, match="of its 2 names, 1 belong"):
-        eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0)
+    with pytest.raises(clamp.UserError, match="of its 2 names, 0 belong"):
+        eval_linear.labelled_rows(files[:2], labels, str(tmp_path / "list"), 0)
 
 
-# ---------------------------------------------------------------------------- training
-
-
-def tiny_network():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(),
-                             nn.Flatten())
-    return nn.Sequential(OrderedDict(backbone=backbone, projector=nn.Linear(8 * 49, 16)))
+# -------- training
 
 
 def train_once(out, *flags, loss_fn=None):
@@ -682,19 +592,11 @@ def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path, monkeypatch):
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-KILLED = """
-import sys
-sys.path.insert(0, {here!r})
-import test_clamp
-test_clamp.train_once({out!r})
-"""
-
-
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
-    script = KILLED.format(here=str(HERE), out=str(tmp_path))
+    script = f"import test_clamp; test_clamp.train_once({str(tmp_path)!r})"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=HERE,
                                env=os.environ | threads)
     while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -704,40 +606,22 @@ def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
     assert_same_runs(whole_run, tmp_path)
 
 
-def test_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, 5)
-        train_once(tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(clamp.UserError, match="cannot be written; is the disk full"):
-            train_once(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-
-
 class Stranger:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "stranger", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "stranger", "missing"])
 def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = bytearray((whole_run / "checkpoint.pt").read_bytes())
     middle = len(content) // 2
     content[middle:middle + 4] = bytes(255 - byte for byte in content[middle:middle + 4])
-    content = {"cut": content[:-1000], "flipped": content, "empty": b"", "missing": b"",
+    content = {"cut": content[:-1000], "flipped": content, "missing": b"",
                "stranger": pickle.dumps(Stranger())}[damage]
     for name in ("checkpoint.pt", "backbone.pt"):
         Path(name).write_bytes(content)
-    if damage == "missing":  # a backbone whose checkpoint is gone is not overwritten
-        Path("checkpoint.pt").unlink()
+    Path("checkpoint.pt").unlink() if damage == "missing" else None  # a lone backbone is kept too
     with pytest.raises(clamp.UserError, match="checkpoint.pt: missing or damaged"):
         train_once(tmp_path)
     with pytest.raises(clamp.UserError, match="backbone.pt"):
@@ -748,17 +632,13 @@ def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monke
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
-    def bad_loss(z):
-        calls.append(1)
-        return z.square().mean() * (math.nan if len(calls) == 6 else 1), {}
-
-    def bad_gradient(z):
+    def loss_fn(z):
         calls.append(1)
         zero = z.square().mean() * (0 if len(calls) == 6 else 1)
-        return zero.sqrt(), {}  # finite, but its derivative is not at 0
+        return zero.sqrt() if gradient else zero / zero * zero, {}  # 0 has no derivative; 0 / 0
 
-    for loss_fn in (bad_loss, bad_gradient):
-        calls, out = [], tmp_path / loss_fn.__name__
+    for gradient in (True, False):
+        calls, out = [], tmp_path / str(gradient)
         with pytest.raises(clamp.UserError, match="epoch 2: .*not finite; start over"):
             train_once(out, loss_fn=loss_fn)
         assert torch.load(out / "checkpoint.pt")["epoch"] == 1
@@ -766,8 +646,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
 
 def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_path):
     """Red and blue pictures are told apart by the features of any network."""
-    images = torch.full((80, 3, 32, 32), 40, dtype=torch.uint8)
-    labels = torch.arange(80) % 2
+    images, labels = torch.full((80, 3, 32, 32), 40, dtype=torch.uint8), torch.arange(80) % 2
     images[torch.arange(80), 2 * labels] = 200
     network = tiny_network()
     args = clamp.parse_args([*TINY, "--out", str(tmp_path)])
@@ -786,7 +665,7 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
         clamp.train(clamp.parse_args([*TINY, "--out", str(tmp_path)]))
 
 
-# ---------------------------------------------------------------------------- command line
+# -------- command line
 
 
 def run(*command, code=0, **options):
@@ -810,8 +689,7 @@ def test_command_line_end_to_end(tmp_path):
     network = torchvision.models.resnet18()
     saved = torch.load(out / "backbone.pt")["backbone"]
     assert network.load_state_dict(saved, strict=False).missing_keys == ["fc.weight", "fc.bias"]
-    before = (out / "checkpoint.pt").read_bytes()
-    assert "finished" in run(*train).stdout and (out / "checkpoint.pt").read_bytes() == before
+    assert "finished" in run(*train).stdout and len(read_log(out)) == 2
 
     result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()[-1]
     written = json.loads((out / "linear.json").read_text())
@@ -857,40 +735,27 @@ def one_line(capfd, script, argv):
 
 @pytest.mark.parametrize("flags, words", [
     ("--views 1", "--views 1: give 2 or more"),
-    ("--views two", "--views: invalid int value: 'two'"),
-    ("--batch-size 1", "--batch-size 1: give 2 or more"),
     ("--batch-size 6000", "--batch-size 6000: give a multiple of 1, the number of processes, and"),
     ("--limit 0", "--limit 0: give 1 or more"),
     ("--epochs -3", "--epochs -3: give 1 or more"),
-    ("--epochs 2.5", "--epochs: invalid int"),
     ("--lr nan", "--lr nan: give 0 or more"),
-    ("--lr inf", "--lr inf: give 0 or more"),
-    ("--lr high", "--lr: invalid float value: 'high'"),
     ("--radius-scale 0", "--radius-scale 0.0: give 0.001 or more"),
     ("--projector abc", "--projector: invalid widths value: 'abc'"),
     ("--projector 64-0", "--projector [64, 0]: give 1 or more"),
-    ("--arch vgg11", "--arch: invalid choice: 'vgg11'"),
-    ("--size 4", "--size 4: give 8 or more"),
-    ("--jitter 0.4 0.4 0.4", "--jitter: expected 4 arguments"),
     ("--blur-kernel 4", "--blur-kernel 4: give an odd number below twice --size"),
-    ("--blur-kernel 65", "--blur-kernel 65: give an odd number below twice --size"),
-    ("--recipe resnet", "--recipe: invalid choice: 'resnet'"),
     ("--recipe imagenet1k", "--recipe imagenet1k: needs --data FOLDER"),
     ("--data no/such", "--data no/such: no folder no/such, and not one of patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),
     ("--data {tmp}/broken", "none of 3 pictures"),
     ("--data cifar10", "--data cifar10: cannot download"),
-    ("--amp int8", "--amp: invalid choice: 'int8'"),
     ("--device cuda", "--device cuda: no GPU for process 1"),
-    ("--seed x", "--seed: invalid int"),
     ("--out {tmp}/file", "{tmp}/file"),
     ("--frobnicate", "unrecognized arguments: --frobnicate"),
 ])
 def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd, monkeypatch):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for name in ("empty", "broken"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "empty").mkdir(), (tmp_path / "broken").mkdir()
     for name in ("file", "broken/0.jpg", "broken/1.png", "broken/2.png"):
         (tmp_path / name).write_bytes(b"not a picture")
     before = sorted(tmp_path.rglob("*"))
@@ -913,31 +778,23 @@ def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
         "backbone": clamp.build_backbone("resnet18").state_dict()})
     before = sorted(tmp_path.rglob("*"))
     for argv, words in (
-            ([tmp_path / "nothing"], "nothing: missing, damaged"),
             ([tmp_path / "flat" / "001.png"], "001.png: missing, damaged"),
             ([tmp_path, "--data", tmp_path / "flat"], "has no labels; evaluation needs train/"),
             ([tmp_path, "--labels", "2"], "--labels 2.0: give a fraction"),
             ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_file value"),
             ([tmp_path, "--limit", "200"], "--batch-size 256: give a multiple of 1, the number of"),
-            ([tmp_path, "--lr", "-1"], "--lr [-1.0]: give 0 or more"),
-            ([tmp_path, "--epochs", "-1"], "--epochs -1: give 1 or more")):
+            ([tmp_path, "--lr", "-1"], "--lr [-1.0]: give 0 or more")):
         assert words in one_line(capfd, eval_linear, argv).splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_recipes_change_the_published_defaults_and_help_shows_them():
-    for recipe, changed in clamp.RECIPES.items():
-        args = vars(clamp.parse_args(["--recipe", recipe, "--data", "x"]))
-        for name, value in changed.items():
-            assert name == "data" or str(args[name]).replace(", ", "-").strip("[]") == str(
-                value).replace(", ", "-").strip("[]")
     published = clamp.parse_args(["--recipe", "cifar10-published"])
     assert (published.data, published.radius_scale, published.views, published.batch_size,
             published.epochs, published.lr, published.stem, published.projector) == (
             "cifar10", 7.0, 16, 128, 1000, 0.1, "small", [2048, 256])
     assert clamp.parse_args([]).recipe == "patterns"
-    assert clamp.parse_args(["--data", "cifar10"]).recipe == "small"
-    assert clamp.parse_args(["--data", "cifar10", "--lr", "1"]).lr == 1
-    assert clamp.parse_args(["--data", "cifar10", "--epochs", "2"]).warmup_epochs == 2 / 3
+    own = clamp.parse_args(["--data", "photos", "--lr", "1", "--epochs", "2"])
+    assert (own.recipe, own.max_reach, own.lr, own.warmup_epochs) == ("small", 1.2, 1, 2 / 3)
     shown = run("clamp.py", "--recipe", "imagenet1k", "--help").stdout
     assert "(default: 8.5)" in shown and "(default: 1.1)" in shown
