@@ -623,7 +623,7 @@ SMALL = dict(  # ours: an hour on two CPU cores for CIFAR-10
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
 RECIPES = {
     "patterns": SMALL | dict(  # ours: three minutes
-        data="patterns", max_reach=1.5, views=8, batch_size=32, epochs=3, lr=1.6),
+        data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=2, lr=1.6),
     "small": SMALL,
     "cifar10-published": dict(data="cifar10"),
     "imagenet100": IMAGENET | dict(epochs=200, lr=2.0),
