@@ -66,11 +66,18 @@ def packing(radius_scale=4.0):
             if radii[k] < 1:
                 surface = centers[k, :, None, None] + radii[k] * ball
                 ax.plot_surface(*surface.numpy(), color=f"C{k}", alpha=0.2, linewidth=0)
-        ax.set(title=f"step {step}: {neighbours:.1f} neighbours", box_aspect=(1, 1, 1))
+        ax.set(title=f"step {step}: {neighbours:.1f} neighbours", xlim=(-1.2, 1.2),
+               ylim=(-1.2, 1.2), zlim=(-1.2, 1.2))
+        ax.set_box_aspect((1, 1, 1), zoom=1.3)
         ax.set_axis_off()
     figure.savefig(HERE / "packing.png", dpi=100)
 
 
+def main(name="", *run):
+    if (name, len(run)) not in (("dynamics", 1), ("packing", 0)):
+        raise clamp.UserError("give 'dynamics RUN' or 'packing'")
+    dynamics(*run) if run else packing()
+
+
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or ["packing"]
-    {"dynamics": dynamics, "packing": packing}[name](*arguments)
+    clamp.command_line(lambda: main(*sys.argv[1:]))
