@@ -149,7 +149,7 @@ def hue(x, change):
     chroma = value - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     side = torch.cat([g - b, b - r, r - g], 1).gather(1, largest)
-    angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # in sixths of the circle
+    angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
     # Up to one sixth from its own hue a channel is full; two sixths from it, its chroma is gone.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
     away = ((angle - own + 3) % 6 - 3).abs()
@@ -283,7 +283,7 @@ def lr_scale(step, warmup, total):
 # [n], -1 if unknown; training uses them for its k-NN read-out only.
 
 class UserError(Exception):
-    """Something that the user can put right; the message says how."""
+    """An error that the user can put right; it says how."""
 
 
 def draw_patterns(n, seed, size=32):
@@ -496,7 +496,7 @@ def load(path):
 
 def load_checkpoint(out, settings):
     """The checkpoint of a run with the same settings, or None if there is no run."""
-    if settings["fresh"] or not (out / "backbone.pt").exists():
+    if settings["fresh"] or not list(out.glob("*.pt")):
         return None
     try:
         checkpoint = load(out / "checkpoint.pt")
@@ -516,14 +516,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
 
     loss_fn: z [m, b, d], embeddings of the images of all processes -> loss, dict of numbers to log
     network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: as MultiViewAugment
+    augment: as MultiViewAugment, with crop()
     data: images and labels, as load_data returns them
 
     Raises UserError if data or an earlier run in args.out do not fit, or if the run diverges."""
     device, dtype = start_processes(args)
     (rank, world), out = rank_and_world(), Path(args.out)
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
-    settings = vars(args) | {k: getattr(v, "__name__", type(v).__name__)
+    settings = vars(args) | {f"own {k}": getattr(v, "__name__", type(v).__name__)
                              for k, v in own.items() if v is not None}
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
@@ -553,7 +553,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -584,7 +584,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             if rank == epoch == step == 0:
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # reading waits for a GPU
+            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # .item() waits for a GPU
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in readings[-1].items()})
                 norm = nn.utils.get_total_norm(network.parameters())
@@ -632,7 +632,7 @@ RECIPES = {
 
 
 def check_numbers(parser, args, **least):
-    """Every number must be finite and at least what `least` says, or 0."""
+    """Numbers must be finite and at least least[name], by default 0."""
     for name, value in vars(args).items():
         low, numbers = least.get(name, 0), value if isinstance(value, list) else [value]
         if any(isinstance(x, (int, float)) and not low <= x < math.inf for x in numbers):
@@ -646,7 +646,7 @@ def parse_args(argv=None):
 
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        description="Train CLAMP. See a recipe's settings by --recipe NAME --help.",
+        description="Train CLAMP. Help of a recipe: --recipe NAME --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, help="patterns without --data, small with it")

@@ -85,8 +85,8 @@ def extract(network, images, rows, options):
 
 
 def batches(train, args, options):
-    """Yield the indices into train of each batch, and this process's share of the batch's views,
-    which are crops for --augment and --finetune, or else None."""
+    """Yield the indices into train of each whole batch, in the order of gather(), and the views of
+    this process's share of it, which are None without --augment and --finetune."""
     (rank, world), n = clamp.rank_and_world(), len(train.rows)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
@@ -153,6 +153,8 @@ def finetune(train, test, rates, classes, backbone, args, options):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        for statistic in network.buffers() if world > 1 else []:  # each process has its own
+            torch.distributed.broadcast(statistic, 0)
         logits.append(extract(network.eval(), test.images, test.rows, options))
     return torch.stack(logits)
 
@@ -167,9 +169,8 @@ def make_split(images, labels, rows, backbone, options):
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
-    return 100 * (top == labels[:, None]).any(1).float().mean().item()
+    return 100 * (top == labels[:, None]).any(1).float().mean().item()  # in %
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def evaluate(args, backbone=None, data=None):
     """Evaluate args.run as args, from parse_args, say. Prints, writes and returns the result.
 
     backbone: a module of your own for the run's weights, images [n, 3, size, size] -> [n, f].
-    data: images and labels of your own to train on, and images and labels to test on.
+    data: (images, labels) of your own to train on, and (images, labels) to test on.
     """
     device, dtype = clamp.start_processes(args)
     torch.manual_seed(args.seed)  # every process builds the same random network
@@ -237,7 +238,8 @@ def parse_args(argv=None):
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)
     rates = [0.1, 0.2, 0.4, 0.6, 0.8] if args.finetune else [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
-    args.lr, args.epochs = args.lr or rates, args.epochs or (20 if args.finetune else 100)
+    args.lr, epochs = args.lr or rates, 20 if args.finetune else 100
+    args.epochs = epochs if args.epochs is None else args.epochs
     clamp.check_numbers(parser, args, epochs=1, limit=1, batch_size=2)
     if isinstance(args.labels, float) and not 0 < args.labels <= 1:
         parser.error(f"--labels {args.labels}: give a fraction up to 1, or a file")
