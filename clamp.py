@@ -4,7 +4,7 @@ The augmented views of an image form a small cloud on the unit sphere. Each clou
 ellipsoid, ellipsoids that overlap repel each other, and the energy of this packing trains a ResNet
 without labels.
 
-    torchrun clamp.py                      three minutes on a laptop, nothing to download
+    torchrun clamp.py                      minutes on a laptop, nothing to download
     torchrun clamp.py --data cifar10       an hour on two CPU cores
     torchrun clamp.py --data photos        your own folder of pictures
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet
@@ -20,7 +20,6 @@ import os
 import sys
 import time
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,9 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
         E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
         loss = log(E)
 
-    z: embeddings [m, b, d] of m >= 2 views of b images. All but float64 are taken to float32.
+    z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
     center: subtract the mean of all embeddings before they are projected onto the sphere.
-    min_distance: pairs of centres closer than this are left out.
+    min_distance: pairs of centres closer than this do not repel each other.
 
     Returns the loss and a dict of detached numbers that describe the packing. Raises ValueError if
     z has another shape."""
@@ -64,7 +63,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
-        distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # close pairs cancel
+        distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # float32 is coarse
         reach = (radii[:, None] + radii).clamp(max=max_reach)
         repel = (distance > min_distance) & (distance < reach)
         repel.fill_diagonal_(False)  # no ellipsoid repels itself
@@ -87,22 +86,24 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
 
 
 # -------- augmentation
-# Every view of every image draws its own parameters. The operators take pictures [n, 3, h, w] in
-# 0..1 and parameters [n, 1, 1, 1], for which 0 changes nothing, and they agree with torchvision's.
-# They copy no number to the device, because such a copy would wait for it.
+# The operators take pictures [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], for
+# which 0 changes nothing. They agree with torchvision's, which take one parameter for all pictures.
+# No number is copied to a GPU, because such a copy makes the CPU wait.
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def draw_boxes(x, scale):
     """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
-    them: the first of ten tries that fits into the picture, or else the largest central box."""
+    them: the first of ten tries that fits into the picture, or else the largest central box with
+    an aspect ratio of 3/4 to 4/3."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    first, found = fits.int().argmax(0, keepdim=True), fits.any(0)
+    first = fits.int().argmax(0, keepdim=True)
+    found = fits.any(0)
     h = h.gather(0, first)[0].where(found, min(height, round(width * 4 / 3)))
     w = w.gather(0, first)[0].where(found, min(width, round(height * 4 / 3)))
     room = torch.stack([height - h, width - w])
@@ -123,11 +124,11 @@ def resize_matrix(start, length, size, full):
 
 
 def resized_crop(x, boxes, size):
-    """Crop boxes [4, n] and resize them to size x size: rows @ x @ columns^T for each channel."""
+    """Crop boxes [4, n] and resize them to size x size."""
     top, left, height, width = boxes
-    rows = resize_matrix(top, height, size, x.shape[2])
-    columns = resize_matrix(left, width, size, x.shape[3])
-    return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+    rows = resize_matrix(top, height, size, x.shape[2])[:, None]  # the same for all channels
+    columns = resize_matrix(left, width, size, x.shape[3])[:, None]
+    return rows @ x @ columns.mT
 
 
 def brightness(x, change):
@@ -144,13 +145,14 @@ def saturation(x, change):
 
 
 def hue(x, change):
-    """Turn the hue by `change`, a part of the colour circle."""
+    """Turn the hue by `change`, in turns of the colour circle."""
     value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     side = torch.cat([g - b, b - r, r - g], 1).gather(1, largest)
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # Up to one sixth from its own hue a channel is full; two sixths from it, its chroma is gone.
+    # Red, green and blue are at angles 0, 2 and 4. A channel has its largest value if its own angle
+    # is at most 1 away, its smallest if that is 2 or more away, and is between them otherwise.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
@@ -162,13 +164,14 @@ def gaussian_blur(x, sigma, kernel):
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-0.5 * (taps / sigma.view(n, 1).clamp(min=1e-3)).square()).softmax(1)
     weights = weights.repeat_interleave(channels, 0)[:, None]  # [n * channels, 1, kernel]
-    x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]
+    x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]  # [1, n * channels, ...]
     x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)
     x = F.conv2d(x, weights[:, :, None, :], groups=n * channels)
     return x.view(n, channels, height, width)
 
 
 def normalize(x):
+    """(x - MEAN) / STD by numbers that stay on the CPU."""
     return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 
@@ -176,8 +179,8 @@ def normalize(x):
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
     the steps of SimCLR and BYOL. blur_p and solarize_p hold one probability for all views, or
-    several that the views take in turn. Streamed pictures arrive as crops [b, m, 3, size, size]
-    that crop() has made in a loader worker."""
+    several that the views take in turn. Pictures that are too large to be kept in memory arrive as
+    crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
     crop_scale: tuple = (0.08, 1.0)  # part of the picture's area
@@ -191,7 +194,7 @@ class MultiViewAugment:
 
     def __call__(self, images):
         x = images / 255
-        if images.ndim == 5:
+        if images.ndim == 5:  # crops
             crops = x.unbind(1)
         else:
             crops = [resized_crop(x, draw_boxes(x, self.crop_scale), self.size)
@@ -211,7 +214,7 @@ class MultiViewAugment:
         x = torch.where(uniform(0, 1) < self.flip_p, x.flip(3), x)
         jittered = uniform(0, 1) < self.jitter_p
         adjust = brightness, contrast, saturation, hue
-        for j in torch.randperm(4).tolist():
+        for j in torch.randperm(4).tolist():  # one order for all images
             change = uniform(-self.jitter[j], self.jitter[j])
             x = adjust[j](x, change.where(jittered, 0))
         x = torch.where(uniform(0, 1) < self.gray_p, v2.functional.rgb_to_grayscale(x), x)
@@ -225,7 +228,8 @@ class MultiViewAugment:
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
-    "small" is the release's for 32 px. zero_init: residual branches start from zero."""
+    "small" is the release's for images of 32 px, whose padding makes them 34 px wide. zero_init:
+    residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
@@ -237,10 +241,14 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
 
 def build_network(args):
     """Backbone and projector (Linear-ReLU-...-Linear), which is dropped after training."""
-    backbone = build_backbone(args.arch, args.stem, args.zero_init)
-    widths = [backbone.num_features, *args.projector]
-    layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(OrderedDict(backbone=backbone, projector=nn.Sequential(*layers[:-1])))
+    network = nn.Sequential()
+    network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
+    layers, width = [], network.backbone.num_features
+    for next_width in args.projector:
+        layers += [nn.Linear(width, next_width), nn.ReLU()]
+        width = next_width
+    network.projector = nn.Sequential(*layers[:-1])
+    return network
 
 
 def embed(network, x, dtype):
@@ -251,9 +259,11 @@ def embed(network, x, dtype):
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum that adds weight decay to the gradient g of each tensor w, and scales it by
-    eta |w| / (|g| + weight_decay |w|) (arXiv 1708.03888), but leaves the gradients of biases and
-    batch norm as they are. eta = 0 is plain SGD."""
+    """SGD with momentum which, for each weight tensor w, takes the place of its gradient g by
+
+        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)         (arXiv 1708.03888)
+
+    or without the first factor if eta is 0. Biases and batch norm keep their gradients."""
 
     def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
         super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
@@ -263,38 +273,41 @@ class LARS(torch.optim.SGD):
     def step(self):
         weights = [p for p in self.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
-        w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads))
+        w_norm = torch.stack(torch._foreach_norm(weights))
+        g_norm = torch.stack(torch._foreach_norm(grads))
         torch._foreach_add_(grads, weights, alpha=self.decay)
         if self.eta:
-            ratio = (self.eta * w / (g + self.decay * w + 1e-8)).where((w > 0) & (g > 0), 1)
-            torch._foreach_mul_(grads, ratio.unbind())
+            ratio = self.eta * w_norm / (g_norm + self.decay * w_norm + 1e-8)
+            torch._foreach_mul_(grads, ratio.where((w_norm > 0) & (g_norm > 0), 1).unbind())
         super().step()
 
 
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup may be a fraction
+        return min(1, (step + 1) / warmup)  # 1 if warmup is not a whole number
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 # -------- data
-# Images are a uint8 tensor [n, 3, H, W], or a list of n files that are streamed. Labels are int64
-# [n], -1 if unknown; training uses them for its k-NN read-out only.
+# Images are a uint8 tensor [n, 3, H, W], or PictureFiles if they are too large for that. Labels are
+# int64 [n], and -1 if unknown. Training uses them for its k-NN read-out only.
 
 class UserError(Exception):
     """An error that the user can put right; it says how."""
 
 
-def draw_patterns(n, seed, size=32):
-    """n grey textures of six kinds in turn: images uint8 [n, 3, size, size] and labels [n]."""
+def draw_patterns(n, seed):
+    """n grey textures of six kinds in turn: images uint8 [n, 3, 32, 32] and labels int64 [n]."""
+    generator = torch.Generator().manual_seed(seed)
+
     def wave(t):
         return torch.cos(2 * math.pi * t)
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
-    textures = (  # of coordinates u, v in periods
+    textures = (  # u and v are coordinates in periods
         lambda u, v: wave(u),  # stripes
         lambda u, v: (4 * wave(u / 2) * wave(v / 2)).tanh(),  # checks
         lambda u, v: ((wave(u) + wave(v) - 1) * 4).sigmoid(),  # dots
@@ -302,8 +315,8 @@ def draw_patterns(n, seed, size=32):
         lambda u, v: wave(u + (v - v.round()).abs()),  # zigzag
         lambda u, v: torch.cos(8 * torch.atan2(v, u)),  # rays
     )
-    generator, labels = torch.Generator().manual_seed(seed), torch.arange(n) % len(textures)
-    side = torch.arange(size) - size / 2
+    labels = torch.arange(n) % len(textures)
+    side = torch.arange(32) - 16
     x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)
     angle, period = uniform(0, 2 * math.pi), uniform(5, 8)
     u = (x * angle.cos() + y * angle.sin()) / period
@@ -311,7 +324,7 @@ def draw_patterns(n, seed, size=32):
     images = torch.stack([textures[k](u[i], v[i]) for i, k in enumerate(labels)])
     images = (images - images.mean((1, 2), keepdim=True)) / images.std((1, 2), keepdim=True)
     images = images * uniform(0.08, 0.25) + uniform(0.4, 0.6)
-    images += uniform(0, 0.08) * torch.randn(n, size, size, generator=generator)
+    images += uniform(0, 0.08) * torch.randn(n, 32, 32, generator=generator)
     return (images.clamp(0, 1) * 255).byte()[:, None].repeat(1, 3, 1, 1), labels
 
 
@@ -323,83 +336,97 @@ def load_data(name, split, limit=None, seed=0, skip_broken=False):
     train/<class>/ and test/<class>/ or val/<class>/, or just pictures without labels. limit: keep
     this many images, chosen at random. Raises UserError if there is nothing to read."""
     if name == "patterns":
-        images, labels = draw_patterns(2000, seed=1) if split == "test" else draw_patterns(5000, 0)
+        images, labels = draw_patterns(*(5000, 0) if split == "train" else (2000, 1))
     elif name in DATASETS:
         images, labels = download(name, split)
     else:
-        images, labels = read_folder(Path(name), split, skip_broken)
+        images, labels = list_pictures(Path(name), split)
     if limit:
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
         images = images[kept] if torch.is_tensor(images) else [images[k] for k in kept]
         labels = labels[kept]
-    return images, labels
+    return images if torch.is_tensor(images) else read_pictures(images, skip_broken), labels
 
 
 def download(name, split):
-    """By torchvision, to data/. The first process of a node downloads while the others wait."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
+    """By torchvision, to data/."""
     source = getattr(torchvision.datasets, name.upper())
-    try:
-        data = source("data", train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--data {name}: cannot download ({error}); put {source.url} into data/")
-    if first and dist.is_initialized():
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of each node
+        try:
+            source("data", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--data {name}: no download ({error}); put {source.url} into data/")
+    if dist.is_initialized():
         dist.barrier()
+    data = source("data", train=split == "train")
     return torch.tensor(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
-def read_folder(path, split, skip_broken):
-    """Decodes pictures of one size, at most 256 px and 4 GB; others will be streamed."""
+def list_pictures(path, split):
+    """The files and labels of a folder."""
     labelled = (path / "train").is_dir()
     root = path / split if labelled else path
     if split == "test" and not root.is_dir():
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}, and not one of {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all of root
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
-    files, labels = [file for file, _ in samples], torch.tensor([label for _, label in samples])
-    images = []
+    return [file for file, _ in samples], torch.tensor([label for _, label in samples])
+
+
+@dataclass
+class PictureFiles:
+    """images[k] decodes the k-th file to uint8 [3, H, W]. A broken file raises UserError. With
+    skip_broken it is only named in a warning, and the next file takes its place."""
+    files: list
+    skip_broken: bool = False
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, k):
+        for i in range(len(self)):
+            file = self.files[(k + i) % len(self)]
+            try:
+                return v2.functional.pil_to_tensor(folder.default_loader(file))
+            except Exception as error:  # Pillow raises many types
+                if not self.skip_broken:
+                    raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
+                tqdm.write(f"{file}: cannot be decoded; the next takes its place", sys.stderr)
+        raise UserError(f"none of {len(self)} pictures such as {file} can be decoded")
+
+
+def read_pictures(files, skip_broken):
+    """One tensor if all pictures have one size, at most 256 px, and fit into 4 GB. Otherwise
+    PictureFiles."""
+    pictures, images = PictureFiles(files, skip_broken), []
     for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
-        images.append(read_picture(files, k, skip_broken))
+        images.append(pictures[k])
         size, first = images[k].shape, images[0]
         if size != first.shape or max(size) > 256 or first.numel() * len(files) > 2**32:
-            return files, labels
-    return torch.stack(images), labels
+            return pictures
+    return torch.stack(images)
 
 
-def read_picture(files, k, skip_broken):
-    """files[k] as uint8 [3, H, W]. A broken file is an error or, with skip_broken, it is named in a
-    warning, and the next file takes its place."""
-    for file in (files[i % len(files)] for i in range(k, k + len(files))):
-        try:
-            return v2.functional.pil_to_tensor(folder.default_loader(file))
-        except Exception as error:  # Pillow raises many kinds
-            if not skip_broken:
-                raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
-            tqdm.write(f"{file}: cannot be decoded; the next file takes its place", sys.stderr)
-    raise UserError(f"none of {len(files)} pictures such as {files[0]} can be decoded")
+def crop_pictures(rows, pictures, crop):
+    """Each picture is decoded once for all its crops."""
+    return torch.stack([crop(pictures[k]) for k in rows])
 
 
-def crop_files(rows, files, crop, skip_broken):
-    """The crops of files[rows]; each file is decoded once for all its crops."""
-    return torch.stack([crop(read_picture(files, k, skip_broken)) for k in rows])
-
-
-def image_batches(images, batches, crop, device, workers=0, skip_broken=False):
-    """Yield the images in each row of `batches`, indices [steps, b]. Of streamed images it yields
-    the crops that crop() makes in a loader worker."""
+def image_batches(images, batches, crop, device, workers=0):
+    """Yield the images in each row of `batches`, indices [steps, b]. Of PictureFiles, yield crops,
+    which crop() makes in loader workers."""
     if torch.is_tensor(images):
         yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
         return
+    # The loader's items are rows of indices, and its workers call collate_fn on one row at a time.
     loader = torch.utils.data.DataLoader(
         [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=partial(crop_files, files=images, crop=crop, skip_broken=skip_broken))
+        collate_fn=partial(crop_pictures, pictures=images, crop=crop),
+        pin_memory=device.type == "cuda")
     yield from (crops.to(device, non_blocking=True) for crops in loader)
 
 
@@ -413,11 +440,12 @@ def center_crop(images, size):
 
 
 @torch.no_grad()
-def extract_features(backbone, images, rows, size, device, dtype, workers=0, skip_broken=False):
+def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n] by a backbone in eval mode."""
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
-    batches = image_batches(images, rows.split(256), crop, device, workers, skip_broken)
+    batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
+    # what a loader worker has cropped already stays as it is
     return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
 
 
@@ -427,14 +455,15 @@ def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
     alone = queries is None
     if alone:
         queries, labels = bank, bank_labels
-    norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0
-    for k_batch, (q, y) in enumerate(zip(queries.split(1024), labels.split(1024))):
-        cosine = F.normalize(q) @ bank.T / norms
-        if alone:
-            cosine.diagonal(1024 * k_batch).fill_(-math.inf)
+    norms = bank.norm(dim=1).clamp(min=1e-12)  # a normalised bank would double the memory
+    correct = 0
+    for start in range(0, len(queries), 1024):
+        cosine = F.normalize(queries[start:start + 1024]) @ bank.T / norms
+        if alone:  # no row is its own neighbour
+            cosine.diagonal(start).fill_(-math.inf)
         cosine, nearest = cosine.topk(min(k, len(bank) - alone))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
-        correct += (votes.sum(1).argmax(1) == y).sum().item()
+        correct += (votes.sum(1).argmax(1) == labels[start:start + 1024]).sum().item()
     return 100 * correct / len(queries)
 
 
@@ -445,8 +474,8 @@ def rank_and_world():
 
 def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. If
-    each process takes the same loss of it, times `world`, then the average of their gradients,
-    which is what DDP computes, is the gradient that one process would have."""
+    every process computes the same loss of it and multiplies it by `world`, then the average of
+    the gradients over the processes, which DDP takes, is the gradient of a single process."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -457,9 +486,9 @@ def gather(z):
 
 
 def start_processes(args):
-    """Join torchrun's other processes. Returns the device and the autocast dtype of this one."""
-    cuda = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available()
-    local_rank, amp = int(os.environ.get("LOCAL_RANK", 0)), args.amp
+    """Join torchrun's other processes. Returns this process's device and autocast dtype."""
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(f"--device cuda: no GPU for process {local_rank + 1}; use --device cpu")
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
@@ -469,20 +498,21 @@ def start_processes(args):
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    if amp == "auto":
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
-                else torch.cpu._is_avx512_bf16_supported())
-        amp = "bf16" if fast else "fp16" if cuda else "off"
+    amp = args.amp
+    if amp == "auto" and cuda:
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
     return device, dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
 
 
 # -------- training
 
 def save(path, content):
-    """Write a file whole or not at all: a run killed meanwhile keeps the file before."""
+    """Write a file whole or not at all: the old file stays if the process is killed meanwhile."""
     try:
         torch.save(content, f"{path}.part")
-    except RuntimeError:  # torch does not say why
+    except RuntimeError:  # which does not say why
         raise UserError(f"{path}: cannot be written; is the disk full?") from None
     os.replace(f"{path}.part", path)
 
@@ -496,35 +526,36 @@ def load(path):
 
 def load_checkpoint(out, settings):
     """The checkpoint of a run with the same settings, or None if there is no run."""
-    if settings["fresh"] or not list(out.glob("*.pt")):
+    if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten either
         return None
     try:
         checkpoint = load(out / "checkpoint.pt")
         saved = checkpoint["settings"]
-    except Exception:  # torch.load raises many kinds
-        raise UserError(f"{out}/checkpoint.pt: missing or damaged; --fresh starts over") from None
-    names = (settings.keys() | saved.keys()) - {"out", "fresh", "recipe", "device", "workers"}
+    except Exception:  # torch.load raises many types
+        raise UserError(f"{out}/checkpoint.pt: missing or damaged; delete {out}/ to start over, or "
+                        "give another --out") from None
+    names = (settings.keys() | saved.keys()) - {"out", "recipe", "device", "workers"}
     changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
-        raise UserError(f"{out}/ holds a run with another {changed}; --fresh starts over, another "
-                        "--out keeps it")
+        raise UserError(f"{out}/ holds a run with another {changed}; give another --out, or delete "
+                        f"{out}/")
     return checkpoint
 
 
 def train(args, loss_fn=None, network=None, augment=None, data=None):
-    """Train as args, from parse_args, say. What else is given replaces what args describe:
+    """Train with args, as parse_args returns them. What else is given replaces what args describe:
 
     loss_fn: z [m, b, d], embeddings of the images of all processes -> loss, dict of numbers to log
     network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: as MultiViewAugment, with crop()
+    augment: an object like MultiViewAugment, with a method crop()
     data: images and labels, as load_data returns them
 
-    Raises UserError if data or an earlier run in args.out do not fit, or if the run diverges."""
+    Raises UserError if data or a run in args.out does not fit, or if the run diverges."""
     device, dtype = start_processes(args)
     (rank, world), out = rank_and_world(), Path(args.out)
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
     settings = vars(args) | {f"own {k}": getattr(v, "__name__", type(v).__name__)
-                             for k, v in own.items() if v is not None}
+                             for k, v in own.items() if v is not None}  # to notice a change
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(checkpoint, device=device)
@@ -536,16 +567,16 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         raise UserError(f"--batch-size {args.batch_size}: give a multiple of {world}, the number "
                         f"of processes, and at most {n}, the number of images")
     images = images.to(device) if torch.is_tensor(images) else images
+    torch.manual_seed(args.seed)  # of the network's weights, too
     labelled = (labels >= 0).nonzero()[:, 0]
-    torch.manual_seed(args.seed)
-    labelled = labelled[torch.randperm(len(labelled))[:5000]]
+    labelled = labelled[torch.randperm(len(labelled))[:5000]]  # for the k-NN read-out
 
     loss_fn = loss_fn or partial(packing_loss, radius_scale=args.radius_scale,
                                  max_reach=args.max_reach)
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
                                              for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # CPUs have no synchronised batch norm
+    if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own images
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = LARS(network.parameters(), args.lr, args.eta, args.weight_decay)
@@ -553,7 +584,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} without fp16
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -569,14 +600,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         torch.manual_seed(world * seed + rank)  # each process draws its own views
         model.train()
         for step, pictures in enumerate(image_batches(
-                images, batches, augment.crop, device, args.workers, skip_broken=True)):
+                images, batches, augment.crop, device, args.workers)):
             views = augment(pictures)
             lr = args.lr * args.batch_size / 256 * lr_scale(
                 epoch * steps + step, args.warmup_epochs * steps, args.epochs * steps)
             optimizer.param_groups[0]["lr"] = lr
             loss, numbers = loss_fn(gather(embed(model, views, dtype)))
             optimizer.zero_grad()
-            scaler.scale(world * loss).backward()
+            scaler.scale(world * loss).backward()  # see gather()
             scaler.step(optimizer)
             scaler.update()
             bar.update()
@@ -589,15 +620,16 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                 bar.set_postfix({k: f"{v:.3g}" for k, v in readings[-1].items()})
                 norm = nn.utils.get_total_norm(network.parameters())
                 if not math.isfinite(readings[-1]["loss"]) or not norm.isfinite():
-                    raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; start "
-                                    "over with --fresh and a lower --lr")
+                    raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give "
+                                    "another --out and a lower --lr")
         if rank > 0:
             continue
         log.append({"epoch": epoch + 1, "lr": lr, "seconds": round(time.time() - began, 1)})
         log[-1] |= {k: sum(r[k] for r in readings) / len(readings) for k in readings[0]}
-        if len(labelled):
-            features = extract_features(network.backbone.eval(), images, labelled, args.size,
-                                        device, dtype, args.workers, skip_broken=True)
+        if len(labelled) > 1:
+            network.eval()
+            features = extract_features(network.backbone, images, labelled, args.size, device,
+                                        dtype, args.workers)
             log[-1]["knn"] = knn_accuracy(features, labels[labelled].to(device))
         bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
@@ -631,51 +663,55 @@ RECIPES = {
 }
 
 
-def check_numbers(parser, args, **least):
-    """Numbers must be finite and at least least[name], by default 0."""
-    for name, value in vars(args).items():
-        low, numbers = least.get(name, 0), value if isinstance(value, list) else [value]
-        if any(isinstance(x, (int, float)) and not low <= x < math.inf for x in numbers):
-            parser.error(f"--{name.replace('_', '-')} {value}: give {low} or more")
+def within(low, high=math.inf):
+    """A type of flag: a finite number from low to high, an integer if low is one."""
+    def number(text):
+        value = type(low)(text)
+        if not low <= value <= high or value == math.inf:
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give {limits}")
+        return value
+    return number
 
 
 def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
     def widths(text):
-        return [int(width) for width in text.split("-")]
+        return [within(1)(width) for width in text.split("-")]
 
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
         description="Train CLAMP. Help of a recipe: --recipe NAME --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add, part = parser.add_argument, within(0.0, 1.0)
     add("--recipe", choices=RECIPES, help="patterns without --data, small with it")
     add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
-    add("--limit", type=int, help="train on this many images, chosen at random")
-    add("--out", help="run folder; default: runs/<data>")
-    add("--fresh", action="store_true", help="start the run in --out over")
-    add("--radius-scale", type=float, default=7.0, help="r_s, size of the ellipsoids")
-    add("--max-reach", type=float, default=1.5, help="cap on the sum of two radii")
-    add("--views", type=int, default=16, help="m, views of an image")
-    add("--batch-size", type=int, default=128, help="b, images a step, all processes'")
-    add("--epochs", type=int, default=1000, help="passes over the images")
-    add("--warmup-epochs", type=float, default=10, help="at most a third of the epochs")
-    add("--lr", type=float, default=0.1, help="peak learning rate, times batch / 256")
-    add("--eta", type=float, default=1e-3, help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=float, default=1e-6, help="not of biases and norms")
+    add("--limit", type=within(1), help="train on this many images, chosen at random")
+    add("--out", help="run folder; if None, runs/<data>")
+    add("--radius-scale", type=within(1e-3), default=7.0, help="r_s, size of the ellipsoids")
+    add("--max-reach", type=within(1e-3), default=1.5, help="cap on the sum of two radii")
+    add("--views", type=within(2), default=16, help="m, views of an image")
+    add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
+    add("--epochs", type=within(1), default=1000, help="passes over the images")
+    add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
+    add("--lr", type=within(0.0), default=0.1, help="peak learning rate, times batch size / 256")
+    add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
+    add("--weight-decay", type=within(0.0), default=1e-6, help="except of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
     add("--stem", choices=("imagenet", "small"), default="small", help="small: 3x3, no max-pool")
-    add("--zero-init", action=argparse.BooleanOptionalAction, default=False, help="see the README")
+    add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
+        help="start residual branches from zero")
     add("--projector", type=widths, default="2048-256", help="widths of the projector's layers")
-    add("--size", type=int, default=32, help="side of a view in pixels")
-    add("--crop-scale", type=float, nargs=2, default=[0.08, 1.0], help="part of the area kept")
-    add("--flip-p", type=float, default=0.5, help="probability of a flip")
-    add("--jitter", type=float, nargs=4, default=[0.8, 0.8, 0.8, 0.2], help="0..1 of each kind")
-    add("--jitter-p", type=float, default=0.8, help="probability of colour jitter")
-    add("--gray-p", type=float, default=0.2, help="probability of grey")
-    add("--blur-kernel", type=int, default=3, help="taps of the Gaussian blur, odd")
-    add("--blur-p", type=float, nargs="+", default=[0.5], help="of blur; views take them in turn")
-    add("--solarize-p", type=float, nargs="+", default=[0.0], help="of solarising, likewise")
+    add("--size", type=within(8), default=32, help="side of a view in pixels")
+    add("--crop-scale", type=part, nargs=2, default=[0.08, 1.0], help="least and largest area")
+    add("--flip-p", type=part, default=0.5, help="probability of a flip")
+    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
+        help="strength of brightness, contrast, saturation, hue")
+    add("--jitter-p", type=part, default=0.8, help="probability of colour jitter")
+    add("--gray-p", type=part, default=0.2, help="probability of grey")
+    add("--blur-kernel", type=within(1), default=3, help="taps of the Gaussian blur, odd")
+    add("--blur-p", type=part, nargs="+", default=[0.5], help="of blur; used by views in turn")
+    add("--solarize-p", type=part, nargs="+", default=[0.0], help="of solarising, likewise")
     add_machine_flags(parser)
 
     known, _ = parser.parse_known_args(argv)  # once for the recipe, once with its settings
@@ -685,8 +721,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error(f"--recipe {recipe}: needs --data FOLDER")
-    check_numbers(parser, args, views=2, batch_size=2, epochs=1, limit=1, projector=1, size=8,
-                  radius_scale=1e-3, max_reach=1e-3)
     args.crop_scale.sort()
     if args.blur_kernel % 2 == 0 or args.blur_kernel >= 2 * args.size:
         parser.error(f"--blur-kernel {args.blur_kernel}: give an odd number below twice --size")
@@ -696,19 +730,21 @@ def parse_args(argv=None):
 
 
 def add_machine_flags(parser):
+    """Flags that eval_linear.py has, too."""
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="loaders of each process")
-    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--workers", type=within(0), default=min(8, os.cpu_count()),
+        help="loader workers of each process")
+    add("--seed", type=within(0), default=0, help="seed of all random numbers")
 
 
 def command_line(main):
-    """Run main(). What the user can put right ends it with one line, exit status 2."""
+    """Run main(). An error that the user can put right gives one line and exit status 2."""
     try:
         main()
     except (UserError, OSError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a loader adds its traceback
+        message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -67,7 +67,7 @@ def labelled_rows(images, labels, part, seed):
         classes = [order[labels[order] == k] for k in labels.unique()]
         return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
     names = set(Path(part).read_text().split())
-    files = [] if torch.is_tensor(images) else images
+    files = getattr(images, "files", [])
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
         raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "
