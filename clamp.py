@@ -36,18 +36,16 @@ from tqdm import tqdm
 
 # -------- packing loss
 
-def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1e-3,
-                 prefactor=0.5):
+def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     """The logarithm of the packing's energy (arXiv 2506.13717, constants of the release):
 
         Z_i, L_i = mean and covariance of image i's views on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
-        E = prefactor * sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
+        E = 1/2 sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
         loss = log(E)
 
     z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
     center: subtract the mean of all embeddings before they are projected onto the sphere.
-    min_distance: pairs of centres closer than this do not repel each other.
 
     Returns the loss and a dict of detached numbers that describe the packing. Raises ValueError if
     z has another shape."""
@@ -65,10 +63,10 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True, min_distance=1
 
         distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # float32 is coarse
         reach = (radii[:, None] + radii).clamp(max=max_reach)
-        repel = (distance > min_distance) & (distance < reach)
+        repel = (distance > 1e-3) & (distance < reach)  # coinciding centres have no direction
         repel.fill_diagonal_(False)  # no ellipsoid repels itself
         overlap = (1 - distance / reach).where(repel, 0)
-        energy = prefactor * overlap.square().sum()
+        energy = overlap.square().sum() / 2
         loss = (energy + 1e-6).log()
 
     with torch.no_grad():
@@ -95,20 +93,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 def draw_boxes(x, scale):
     """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
-    them: the first of ten tries that fits into the picture, or else the largest central box with
-    an aspect ratio of 3/4 to 4/3."""
+    them: the first of ten tries that fits into the picture. If none does, the first is cut."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    first = fits.int().argmax(0, keepdim=True)
-    found = fits.any(0)
-    h = h.gather(0, first)[0].where(found, min(height, round(width * 4 / 3)))
-    w = w.gather(0, first)[0].where(found, min(width, round(height * 4 / 3)))
-    room = torch.stack([height - h, width - w])
-    corner = (torch.rand_like(room) * (room + 1)).floor().where(found, room // 2)
-    return torch.cat([corner, torch.stack([h, w])])
+    first = fits.int().argmax(0, keepdim=True)  # [1, n]
+    h, w = h.gather(0, first)[0].clamp(1, height), w.gather(0, first)[0].clamp(1, width)
+    top, left = torch.rand(2, n, device=x.device)
+    return torch.stack([(top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w])
 
 
 def resize_matrix(start, length, size, full):
@@ -151,9 +145,8 @@ def hue(x, change):
     r, g, b = x.split(1, dim=1)
     side = torch.cat([g - b, b - r, r - g], 1).gather(1, largest)
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # Red, green and blue are at angles 0, 2 and 4. A channel has its largest value if its own angle
-    # is at most 1 away, its smallest if that is 2 or more away, and is between them otherwise.
-    own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
+    # A channel is largest if `angle` is within 1 of its own, and smallest from 2 on.
+    own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
 
@@ -228,13 +221,12 @@ class MultiViewAugment:
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
-    "small" is the release's for images of 32 px, whose padding makes them 34 px wide. zero_init:
-    residual branches start from zero."""
+    "small" is the release's for 32 px. zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     if stem == "small":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 34 px
         backbone.maxpool = nn.Identity()
     return backbone
 
@@ -301,27 +293,25 @@ def draw_patterns(n, seed):
     """n grey textures of six kinds in turn: images uint8 [n, 3, 32, 32] and labels int64 [n]."""
     generator = torch.Generator().manual_seed(seed)
 
-    def wave(t):
-        return torch.cos(2 * math.pi * t)
-
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
-    textures = (  # u and v are coordinates in periods
-        lambda u, v: wave(u),  # stripes
-        lambda u, v: (4 * wave(u / 2) * wave(v / 2)).tanh(),  # checks
-        lambda u, v: ((wave(u) + wave(v) - 1) * 4).sigmoid(),  # dots
-        lambda u, v: wave(torch.hypot(u, v)),  # rings
-        lambda u, v: wave(u + (v - v.round()).abs()),  # zigzag
-        lambda u, v: torch.cos(8 * torch.atan2(v, u)),  # rays
-    )
-    labels = torch.arange(n) % len(textures)
+    def wave(t):
+        return torch.cos(2 * math.pi * t)
+
     side = torch.arange(32) - 16
     x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)
     angle, period = uniform(0, 2 * math.pi), uniform(5, 8)
     u = (x * angle.cos() + y * angle.sin()) / period
     v = (y * angle.cos() - x * angle.sin()) / period
-    images = torch.stack([textures[k](u[i], v[i]) for i, k in enumerate(labels)])
+    stripes = wave(u)
+    checks = (4 * wave(u / 2) * wave(v / 2)).tanh()
+    dots = ((wave(u) + wave(v) - 1) * 4).sigmoid()
+    rings = wave(torch.hypot(u, v))
+    zigzag = wave(u + (v - v.round()).abs())
+    rays = torch.cos(8 * torch.atan2(v, u))
+    labels = torch.arange(n) % 6
+    images = torch.stack([stripes, checks, dots, rings, zigzag, rays])[labels, torch.arange(n)]
     images = (images - images.mean((1, 2), keepdim=True)) / images.std((1, 2), keepdim=True)
     images = images * uniform(0.08, 0.25) + uniform(0.4, 0.6)
     images += uniform(0, 0.08) * torch.randn(n, 32, 32, generator=generator)
@@ -384,19 +374,19 @@ class PictureFiles:
     files: list
     skip_broken: bool = False
 
-    def __len__(self):
-        return len(self.files)
-
     def __getitem__(self, k):
-        for i in range(len(self)):
-            file = self.files[(k + i) % len(self)]
+        for i in range(k, k + len(self.files)):
+            file = self.files[i % len(self.files)]
             try:
                 return v2.functional.pil_to_tensor(folder.default_loader(file))
             except Exception as error:  # Pillow raises many types
                 if not self.skip_broken:
                     raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
                 tqdm.write(f"{file}: cannot be decoded; the next takes its place", sys.stderr)
-        raise UserError(f"none of {len(self)} pictures such as {file} can be decoded")
+        raise UserError(f"none of {len(self.files)} pictures such as {file} can be decoded")
+
+    def crops(self, rows, crop):
+        return torch.stack([crop(self[k]) for k in rows])
 
 
 def read_pictures(files, skip_broken):
@@ -411,11 +401,6 @@ def read_pictures(files, skip_broken):
     return torch.stack(images)
 
 
-def crop_pictures(rows, pictures, crop):
-    """Each picture is decoded once for all its crops."""
-    return torch.stack([crop(pictures[k]) for k in rows])
-
-
 def image_batches(images, batches, crop, device, workers=0):
     """Yield the images in each row of `batches`, indices [steps, b]. Of PictureFiles, yield crops,
     which crop() makes in loader workers."""
@@ -425,8 +410,7 @@ def image_batches(images, batches, crop, device, workers=0):
     # The loader's items are rows of indices, and its workers call collate_fn on one row at a time.
     loader = torch.utils.data.DataLoader(
         [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
-        collate_fn=partial(crop_pictures, pictures=images, crop=crop),
-        pin_memory=device.type == "cuda")
+        collate_fn=partial(images.crops, crop=crop), pin_memory=device.type == "cuda")
     yield from (crops.to(device, non_blocking=True) for crops in loader)
 
 
@@ -449,21 +433,15 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
 
 
-def knn_accuracy(bank, bank_labels, queries=None, labels=None, k=20):
-    """Accuracy in % of a k-nearest-neighbour vote weighted by exp(cosine / 0.07) (arXiv
-    1805.01978). Without queries, each row of the bank is classified by the other rows."""
-    alone = queries is None
-    if alone:
-        queries, labels = bank, bank_labels
+def knn_accuracy(bank, bank_labels, queries, labels, k=20):
+    """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
+    weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
     norms = bank.norm(dim=1).clamp(min=1e-12)  # a normalised bank would double the memory
     correct = 0
-    for start in range(0, len(queries), 1024):
-        cosine = F.normalize(queries[start:start + 1024]) @ bank.T / norms
-        if alone:  # no row is its own neighbour
-            cosine.diagonal(start).fill_(-math.inf)
-        cosine, nearest = cosine.topk(min(k, len(bank) - alone))
+    for q, y in zip(queries.split(1024), labels.split(1024)):
+        cosine, nearest = (F.normalize(q) @ bank.T / norms).topk(min(k, len(bank)))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
-        correct += (votes.sum(1).argmax(1) == labels[start:start + 1024]).sum().item()
+        correct += (votes.sum(1).argmax(1) == y).sum().item()
     return 100 * correct / len(queries)
 
 
@@ -630,7 +608,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             network.eval()
             features = extract_features(network.backbone, images, labelled, args.size, device,
                                         dtype, args.workers)
-            log[-1]["knn"] = knn_accuracy(features, labels[labelled].to(device))
+            half, y = len(labelled) // 2, labels[labelled].to(device)
+            log[-1]["knn"] = knn_accuracy(features[half:], y[half:], features[:half], y[:half])
         bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         state = {"epoch": epoch + 1, "settings": settings}
@@ -734,8 +713,7 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=within(0), default=min(8, os.cpu_count()),
-        help="loader workers of each process")
+    add("--workers", type=within(0), default=min(8, os.cpu_count()), help="loaders of a process")
     add("--seed", type=within(0), default=0, help="seed of all random numbers")
 
 
