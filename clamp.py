@@ -72,13 +72,13 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     with torch.no_grad():
         offsets = centers - centers.mean(0)
         covariance = offsets.T @ offsets / b
+        variance = covariance.trace()
         geometry = {
             "radius": radii.mean(),
             "neighbours": repel.sum() / b,  # of an image
-            "spread": covariance.trace().sqrt(),  # of the centres around their mean
+            "spread": variance.sqrt(),  # of the centres around their mean
             # 1 if the centres lie on a line, d if they spread equally in all directions
-            "participation_ratio": covariance.trace().square()
-                                   / covariance.square().sum().clamp(min=1e-30),
+            "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
         }
     return loss, geometry
 
@@ -93,16 +93,19 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 def draw_boxes(x, scale):
     """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
-    them: the first of ten tries that fits into the picture. If none does, the first is cut."""
+    them: the first of ten tries that fits, or else the largest box with an aspect ratio of 3/4 to
+    4/3, in the centre."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    first = fits.int().argmax(0, keepdim=True)  # [1, n]
-    h, w = h.gather(0, first)[0].clamp(1, height), w.gather(0, first)[0].clamp(1, width)
-    top, left = torch.rand(2, n, device=x.device)
-    return torch.stack([(top * (height - h + 1)).floor(), (left * (width - w + 1)).floor(), h, w])
+    found, first = fits.any(0), fits.int().argmax(0, keepdim=True)
+    h = h.gather(0, first)[0].where(found, min(height, round(width * 4 / 3)))
+    w = w.gather(0, first)[0].where(found, min(width, round(height * 4 / 3)))
+    room = torch.stack([height - h, width - w])
+    corner = (torch.rand_like(room) * (room + 1)).floor().where(found, room // 2)
+    return torch.cat([corner, torch.stack([h, w])])
 
 
 def resize_matrix(start, length, size, full):
@@ -187,11 +190,8 @@ class MultiViewAugment:
 
     def __call__(self, images):
         x = images / 255
-        if images.ndim == 5:  # crops
-            crops = x.unbind(1)
-        else:
-            crops = [resized_crop(x, draw_boxes(x, self.crop_scale), self.size)
-                     for _ in range(self.views)]
+        crops = x.unbind(1) if x.ndim == 5 else [
+            resized_crop(x, draw_boxes(x, self.crop_scale), self.size) for _ in range(self.views)]
         return torch.stack([self.photometric(crop, k) for k, crop in enumerate(crops)])
 
     def crop(self, picture):
@@ -221,12 +221,12 @@ class MultiViewAugment:
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
-    "small" is the release's for 32 px. zero_init: residual branches start from zero."""
+    "cifar" is the release's for 32 px. zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
-    if stem == "small":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 34 px
+    if stem == "cifar":
+        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 32 -> 34 px
         backbone.maxpool = nn.Identity()
     return backbone
 
@@ -235,10 +235,9 @@ def build_network(args):
     """Backbone and projector (Linear-ReLU-...-Linear), which is dropped after training."""
     network = nn.Sequential()
     network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
-    layers, width = [], network.backbone.num_features
-    for next_width in args.projector:
-        layers += [nn.Linear(width, next_width), nn.ReLU()]
-        width = next_width
+    widths, layers = [network.backbone.num_features, *args.projector], []
+    for before, after in zip(widths, widths[1:]):
+        layers += [nn.Linear(before, after), nn.ReLU()]
     network.projector = nn.Sequential(*layers[:-1])
     return network
 
@@ -265,8 +264,7 @@ class LARS(torch.optim.SGD):
     def step(self):
         weights = [p for p in self.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
-        w_norm = torch.stack(torch._foreach_norm(weights))
-        g_norm = torch.stack(torch._foreach_norm(grads))
+        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
         torch._foreach_add_(grads, weights, alpha=self.decay)
         if self.eta:
             ratio = self.eta * w_norm / (g_norm + self.decay * w_norm + 1e-8)
@@ -417,7 +415,7 @@ def image_batches(images, batches, crop, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images that have this size stay whole."""
+    """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images of this size stay as they are."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -429,7 +427,6 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # what a loader worker has cropped already stays as it is
     return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
 
 
@@ -488,35 +485,31 @@ def start_processes(args):
 
 def save(path, content):
     """Write a file whole or not at all: the old file stays if the process is killed meanwhile."""
-    try:
-        torch.save(content, f"{path}.part")
-    except RuntimeError:  # which does not say why
-        raise UserError(f"{path}: cannot be written; is the disk full?") from None
+    torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def load(path):
-    """What save() wrote, on the CPU. Runs no code from the file; raises many kinds of exception."""
+    """What save() wrote, on the CPU. Runs no code from the file. Raises many types of exception."""
     if zipfile.ZipFile(path).testzip():
         raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(out, settings):
-    """The checkpoint of a run with the same settings, or None if there is no run."""
+    """The checkpoint of a run with the same settings, or of none that has begun."""
     if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten either
-        return None
+        return {"epoch": 0, "log": []}
     try:
         checkpoint = load(out / "checkpoint.pt")
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many types
-        raise UserError(f"{out}/checkpoint.pt: missing or damaged; delete {out}/ to start over, or "
-                        "give another --out") from None
+        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out") from None
     names = (settings.keys() | saved.keys()) - {"out", "recipe", "device", "workers"}
     changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
-        raise UserError(f"{out}/ holds a run with another {changed}; give another --out, or delete "
-                        f"{out}/")
+        raise UserError(f"{out}/ holds a run with another {changed}; give another --out, or "
+                        "delete the folder to start over")
     return checkpoint
 
 
@@ -537,7 +530,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(checkpoint, device=device)
-    checkpoint = checkpoint[0] or {"epoch": 0, "log": []}
+    checkpoint, = checkpoint
     start, log = checkpoint["epoch"], checkpoint["log"]
     images, labels = data or load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
     n, steps = len(labels), len(labels) // args.batch_size
@@ -549,8 +542,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     labelled = (labels >= 0).nonzero()[:, 0]
     labelled = labelled[torch.randperm(len(labelled))[:5000]]  # for the k-NN read-out
 
-    loss_fn = loss_fn or partial(packing_loss, radius_scale=args.radius_scale,
-                                 max_reach=args.max_reach)
+    loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
                                              for f in fields(MultiViewAugment)})
     network = network or build_network(args)
@@ -577,8 +569,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         batches = order[:steps * args.batch_size].view(steps, world, -1)[:, rank]
         torch.manual_seed(world * seed + rank)  # each process draws its own views
         model.train()
-        for step, pictures in enumerate(image_batches(
-                images, batches, augment.crop, device, args.workers)):
+        stream = image_batches(images, batches, augment.crop, device, args.workers)
+        for step, pictures in enumerate(stream):
             views = augment(pictures)
             lr = args.lr * args.batch_size / 256 * lr_scale(
                 epoch * steps + step, args.warmup_epochs * steps, args.epochs * steps)
@@ -633,12 +625,12 @@ SMALL = dict(  # ours: an hour on two CPU cores for CIFAR-10
     data="cifar10", stem="imagenet", zero_init=True, max_reach=1.2, views=2, epochs=30,
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
 RECIPES = {
-    "patterns": SMALL | dict(  # ours: three minutes
+    "patterns": SMALL | dict(  # ours: minutes
         data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=2, lr=1.6),
     "small": SMALL,
     "cifar10-published": dict(data="cifar10"),
-    "imagenet100": IMAGENET | dict(epochs=200, lr=2.0),
-    "imagenet1k": IMAGENET | dict(epochs=100, lr=1.1),
+    "imagenet100": IMAGENET | dict(data="imagenet100", epochs=200, lr=2.0),
+    "imagenet1k": IMAGENET | dict(data="imagenet", epochs=100, lr=1.1),
 }
 
 
@@ -677,15 +669,14 @@ def parse_args(argv=None):
     add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
     add("--weight-decay", type=within(0.0), default=1e-6, help="except of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
-    add("--stem", choices=("imagenet", "small"), default="small", help="small: 3x3, no max-pool")
+    add("--stem", choices=("imagenet", "cifar"), default="cifar", help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero")
     add("--projector", type=widths, default="2048-256", help="widths of the projector's layers")
     add("--size", type=within(8), default=32, help="side of a view in pixels")
     add("--crop-scale", type=part, nargs=2, default=[0.08, 1.0], help="least and largest area")
     add("--flip-p", type=part, default=0.5, help="probability of a flip")
-    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
-        help="strength of brightness, contrast, saturation, hue")
+    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2], help="see MultiViewAugment")
     add("--jitter-p", type=part, default=0.8, help="probability of colour jitter")
     add("--gray-p", type=part, default=0.2, help="probability of grey")
     add("--blur-kernel", type=within(1), default=3, help="taps of the Gaussian blur, odd")
@@ -698,8 +689,6 @@ def parse_args(argv=None):
     parser.set_defaults(**RECIPES[recipe], recipe=recipe)
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
-    if args.data is None:
-        parser.error(f"--recipe {recipe}: needs --data FOLDER")
     args.crop_scale.sort()
     if args.blur_kernel % 2 == 0 or args.blur_kernel >= 2 * args.size:
         parser.error(f"--blur-kernel {args.blur_kernel}: give an odd number below twice --size")

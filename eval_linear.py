@@ -220,29 +220,25 @@ def evaluate(args, backbone=None, data=None):
 
 def parse_args(argv=None):
     def fraction_or_file(text):
-        return text if Path(text).is_file() else float(text)
+        return text if Path(text).is_file() else clamp.within(1e-6, 1.0)(text)
 
     parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      description="Evaluate the backbone of a run of clamp.py.")
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
-    add("--limit", type=int, help="train on this many images, chosen at random")
+    add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
     add("--labels", type=fraction_or_file, help="fraction of each class, or file of image names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
-    add("--lr", type=float, nargs="+", help="learning rates to choose from")
-    add("--epochs", type=int, help="passes over the images; default: 100, or 20 for --finetune")
-    add("--batch-size", type=int, default=256, help="images a step, over all processes")
+    add("--lr", type=clamp.within(0.0), nargs="+", help="learning rates to choose from")
+    add("--epochs", type=clamp.within(1), help="passes over the images; default: 100, or 20 for --finetune")
+    add("--batch-size", type=clamp.within(2), default=256, help="images a step, over all processes")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)
     rates = [0.1, 0.2, 0.4, 0.6, 0.8] if args.finetune else [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
-    args.lr, epochs = args.lr or rates, 20 if args.finetune else 100
-    args.epochs = epochs if args.epochs is None else args.epochs
-    clamp.check_numbers(parser, args, epochs=1, limit=1, batch_size=2)
-    if isinstance(args.labels, float) and not 0 < args.labels <= 1:
-        parser.error(f"--labels {args.labels}: give a fraction up to 1, or a file")
+    args.lr, args.epochs = args.lr or rates, args.epochs or (20 if args.finetune else 100)
     return args
 
 
