@@ -63,8 +63,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
         distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # float32 is coarse
         reach = (radii[:, None] + radii).clamp(max=max_reach)
-        repel = (distance > 1e-3) & (distance < reach)  # coinciding centres have no direction
-        repel.fill_diagonal_(False)  # no ellipsoid repels itself
+        repel = (distance > 1e-3) & (distance < reach)  # and no ellipsoid repels itself
         overlap = (1 - distance / reach).where(repel, 0)
         energy = overlap.square().sum() / 2
         loss = (energy + 1e-6).log()
@@ -93,8 +92,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 def draw_boxes(x, scale):
     """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
-    them: the first of ten tries that fits, or else the largest box with an aspect ratio of 3/4 to
-    4/3, in the centre."""
+    them: the first of ten tries that fits, or else the largest central box of an allowed shape."""
     n, _, height, width = x.shape
     area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -343,7 +341,7 @@ def download(name, split):
         try:
             source("data", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {name}: no download ({error}); put {source.url} into data/")
+            raise UserError(f"--data {name}: cannot download {source.url} to data/ ({error})")
     if dist.is_initialized():
         dist.barrier()
     data = source("data", train=split == "train")
@@ -508,8 +506,7 @@ def load_checkpoint(out, settings):
     names = (settings.keys() | saved.keys()) - {"out", "recipe", "device", "workers"}
     changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
-        raise UserError(f"{out}/ holds a run with another {changed}; give another --out, or "
-                        "delete the folder to start over")
+        raise UserError(f"{out}/ holds a run with another {changed}; give another --out")
     return checkpoint
 
 
