@@ -413,7 +413,7 @@ def image_batches(images, batches, crop, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images of this size stay as they are."""
+    """uint8 [..., 3, H, W] -> [..., 3, size, size]. A crop of this size stays as it is."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -425,6 +425,7 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
+    # Here crop() is for images from memory, because the loader's workers have cropped PictureFiles.
     return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
 
 
