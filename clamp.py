@@ -355,7 +355,7 @@ def list_pictures(path, split):
     if split == "test" and not root.is_dir():
         root = path / "val"
     if not root.is_dir():
-        raise UserError(f"--data {path}: no folder {root}, and not one of {', '.join(DATASETS)}")
+        raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
     classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all of root
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
@@ -533,8 +533,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     images, labels = data or load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
     n, steps = len(labels), len(labels) // args.batch_size
     if args.batch_size % world or not steps:
-        raise UserError(f"--batch-size {args.batch_size}: give a multiple of {world}, the number "
-                        f"of processes, and at most {n}, the number of images")
+        raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of images,"
+                        f" and divisible by {world}, the number of processes")
     images = images.to(device) if torch.is_tensor(images) else images
     torch.manual_seed(args.seed)  # of the network's weights, too
     labelled = (labels >= 0).nonzero()[:, 0]
@@ -585,7 +585,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
             if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # .item() waits for a GPU
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
-                bar.set_postfix({k: f"{v:.3g}" for k, v in readings[-1].items()})
+                bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
                 norm = nn.utils.get_total_norm(network.parameters())
                 if not math.isfinite(readings[-1]["loss"]) or not norm.isfinite():
                     raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give "
@@ -654,7 +654,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, part = parser.add_argument, within(0.0, 1.0)
     add("--recipe", choices=RECIPES, help="patterns without --data, small with it")
-    add("--data", help=f"{', '.join(DATASETS)}, or a folder of pictures")
+    add("--data", type=os.path.normpath, help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=within(1), help="train on this many images, chosen at random")
     add("--out", help="run folder; if None, runs/<data>")
     add("--radius-scale", type=within(1e-3), default=7.0, help="r_s, size of the ellipsoids")

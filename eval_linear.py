@@ -90,8 +90,8 @@ def batches(train, args, options):
     (rank, world), n = clamp.rank_and_world(), len(train.rows)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
-        raise clamp.UserError(f"--batch-size {args.batch_size}: give a multiple of {world}, the "
-                              f"number of processes, and at most {n}, the images to train on")
+        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
+                              f"images, and divisible by {world}, the number of processes")
     augment = clamp.MultiViewAugment(options["size"], 1, jitter_p=0, gray_p=0, blur_p=[0])
     for epoch in tqdm(range(args.epochs), "training", leave=False, disable=rank > 0):
         seed = 10_000 * args.seed + epoch

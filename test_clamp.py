@@ -733,7 +733,7 @@ def one_line(capfd, script, argv):
 
 @pytest.mark.parametrize("flags, words", [
     ("--views 1", "--views: 1: give 2 or more"),
-    ("--batch-size 6000", "--batch-size 6000: give a multiple of 1, the number of processes, and"),
+    ("--batch-size 6000", "--batch-size 6000: must be at most 5000, the number of images"),
     ("--limit 0", "--limit: 0: give 1 or more"),
     ("--epochs -3", "--epochs: -3: give 1 or more"),
     ("--lr nan", "--lr: nan: give 0.0 or more"),
@@ -743,8 +743,8 @@ def one_line(capfd, script, argv):
     ("--projector abc", "--projector: invalid widths value: 'abc'"),
     ("--projector 64-0", "--projector: 0: give 1 or more"),
     ("--blur-kernel 4", "--blur-kernel 4: give an odd number below twice --size"),
-    ("--recipe imagenet1k", "--data imagenet: no folder imagenet, and not one of patterns"),
-    ("--data no/such", "--data no/such: no folder no/such, and not one of patterns, cifar10"),
+    ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns"),
+    ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),
     ("--data {tmp}/broken", "none of 3 pictures"),
     ("--data cifar10", "--data cifar10: cannot download"),
@@ -782,7 +782,7 @@ def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
             ([tmp_path, "--data", tmp_path / "flat"], "has no labels; evaluation needs train/"),
             ([tmp_path, "--labels", "2"], "--labels: 2: give 1e-06 to 1.0"),
             ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_file value"),
-            ([tmp_path, "--limit", "200"], "--batch-size 256: give a multiple of 1, the number of"),
+            ([tmp_path, "--limit", "200"], "--batch-size 256: must be at most 180, the number of"),
             ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
         assert words in one_line(capfd, eval_linear, argv).splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
