@@ -44,11 +44,11 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         E = 1/2 sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
         loss = log(E)
 
+    As in the release, centres closer than 1e-3 do not repel each other.
     z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
     center: subtract the mean of all embeddings before they are projected onto the sphere.
 
-    Returns the loss and a dict of detached numbers that describe the packing. Raises ValueError if
-    z has another shape."""
+    Returns the loss and a dict of detached numbers that describe the packing."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"packing_loss takes z [views >= 2, images, d], not {list(z.shape)}")
     m, b, d = z.shape
@@ -61,32 +61,32 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
-        distance = torch.cdist(centers.double(), centers.double()).to(z.dtype)  # float32 is coarse
+        exact = centers.double()  # in float32 the distances would err by up to 1e-3
+        distance = torch.cdist(exact, exact).to(z.dtype)
         reach = (radii[:, None] + radii).clamp(max=max_reach)
-        repel = (distance > 1e-3) & (distance < reach)  # and no ellipsoid repels itself
+        repel = (distance > 1e-3) & (distance < reach)  # false if i = j
         overlap = (1 - distance / reach).where(repel, 0)
         energy = overlap.square().sum() / 2
         loss = (energy + 1e-6).log()
 
-    with torch.no_grad():
-        offsets = centers - centers.mean(0)
-        covariance = offsets.T @ offsets / b
-        variance = covariance.trace()
-        geometry = {
-            "radius": radii.mean(),
-            "neighbours": repel.sum() / b,  # of an image
-            "spread": variance.sqrt(),  # of the centres around their mean
-            # 1 if the centres lie on a line, d if they spread equally in all directions
-            "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
-        }
+        with torch.no_grad():
+            offsets = centers - centers.mean(0)
+            covariance = offsets.T @ offsets / b
+            variance = covariance.trace()
+            geometry = {
+                "radius": radii.mean(),
+                "neighbours": repel.sum() / b,  # of an image
+                "spread": variance.sqrt(),  # of the centres around their mean
+                # 1 if the centres lie on a line, d if they spread equally in all directions
+                "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
+            }
     return loss, geometry
 
 
 # -------- augmentation
 # The operators take pictures [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], for
 # which 0 changes nothing. They agree with torchvision's, which take one parameter for all pictures.
-# No number is copied to a GPU, because such a copy makes the CPU wait.
-
+# Constants stay Python numbers, because the CPU would wait for their copy to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -143,8 +143,7 @@ def hue(x, change):
     """Turn the hue by `change`, in turns of the colour circle."""
     value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, dim=1)
-    side = torch.cat([g - b, b - r, r - g], 1).gather(1, largest)
+    side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
     # A channel is largest if `angle` is within 1 of its own, and smallest from 2 on.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
@@ -165,7 +164,7 @@ def gaussian_blur(x, sigma, kernel):
 
 
 def normalize(x):
-    """(x - MEAN) / STD by numbers that stay on the CPU."""
+    """(x - MEAN) / STD by Python numbers."""
     return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 
@@ -173,7 +172,7 @@ def normalize(x):
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
     the steps of SimCLR and BYOL. blur_p and solarize_p hold one probability for all views, or
-    several that the views take in turn. Pictures that are too large to be kept in memory arrive as
+    several that are used in turn. Pictures that are too large to be kept in memory arrive as
     crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
@@ -248,11 +247,9 @@ def embed(network, x, dtype):
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum which, for each weight tensor w, takes the place of its gradient g by
-
-        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)         (arXiv 1708.03888)
-
-    or without the first factor if eta is 0. Biases and batch norm keep their gradients."""
+    """SGD with momentum that replaces the gradient g of each weight tensor w by
+    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the first
+    factor if eta is 0. Biases and batch norm keep their gradients."""
 
     def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
         super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
@@ -273,13 +270,15 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # 1 if warmup is not a whole number
+        return min(1, (step + 1) / warmup)  # a fractional warmup would pass 1
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 # -------- data
 # Images are a uint8 tensor [n, 3, H, W], or PictureFiles if they are too large for that. Labels are
 # int64 [n], and -1 if unknown. Training uses them for its k-NN read-out only.
+DATASETS = "patterns", "cifar10", "cifar100"
+
 
 class UserError(Exception):
     """An error that the user can put right; it says how."""
@@ -312,9 +311,6 @@ def draw_patterns(n, seed):
     images = images * uniform(0.08, 0.25) + uniform(0.4, 0.6)
     images += uniform(0, 0.08) * torch.randn(n, 32, 32, generator=generator)
     return (images.clamp(0, 1) * 255).byte()[:, None].repeat(1, 3, 1, 1), labels
-
-
-DATASETS = "patterns", "cifar10", "cifar100"
 
 
 def load_data(name, split, limit=None, seed=0, skip_broken=False):
@@ -366,7 +362,7 @@ def list_pictures(path, split):
 @dataclass
 class PictureFiles:
     """images[k] decodes the k-th file to uint8 [3, H, W]. A broken file raises UserError. With
-    skip_broken it is only named in a warning, and the next file takes its place."""
+    skip_broken it gives a warning, and the next file takes its place."""
     files: list
     skip_broken: bool = False
 
@@ -425,7 +421,7 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # Here crop() is for images from memory, because the loader's workers have cropped PictureFiles.
+    # crop() does nothing to batches of PictureFiles, which loader workers have cropped
     return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
 
 
@@ -448,8 +444,8 @@ def rank_and_world():
 
 def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. If
-    every process computes the same loss of it and multiplies it by `world`, then the average of
-    the gradients over the processes, which DDP takes, is the gradient of a single process."""
+    every process backpropagates `world` times the same loss of it, then DDP's average of their
+    gradients is the gradient that one process would get for the whole batch."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -489,15 +485,15 @@ def save(path, content):
 
 
 def load(path):
-    """What save() wrote, on the CPU. Runs no code from the file. Raises many types of exception."""
+    """Load to the CPU what save() wrote. Runs no code from the file. Raises many exceptions."""
     if zipfile.ZipFile(path).testzip():
         raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(out, settings):
-    """The checkpoint of a run with the same settings, or of none that has begun."""
-    if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten either
+    """The checkpoint in `out`, whose settings must agree, or an empty one for a new run."""
+    if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten
         return {"epoch": 0, "log": []}
     try:
         checkpoint = load(out / "checkpoint.pt")
@@ -512,14 +508,12 @@ def load_checkpoint(out, settings):
 
 
 def train(args, loss_fn=None, network=None, augment=None, data=None):
-    """Train with args, as parse_args returns them. What else is given replaces what args describe:
+    """Train with args, as parse_args returns them. Other arguments replace what args describe:
 
     loss_fn: z [m, b, d], embeddings of the images of all processes -> loss, dict of numbers to log
     network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
     augment: an object like MultiViewAugment, with a method crop()
-    data: images and labels, as load_data returns them
-
-    Raises UserError if data or a run in args.out does not fit, or if the run diverges."""
+    data: images and labels, as load_data returns them"""
     device, dtype = start_processes(args)
     (rank, world), out = rank_and_world(), Path(args.out)
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
@@ -533,12 +527,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     images, labels = data or load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
     n, steps = len(labels), len(labels) // args.batch_size
     if args.batch_size % world or not steps:
-        raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of images,"
-                        f" and divisible by {world}, the number of processes")
+        raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
+                        f"images, and divisible by {world}, the number of processes")
     images = images.to(device) if torch.is_tensor(images) else images
-    torch.manual_seed(args.seed)  # of the network's weights, too
+    torch.manual_seed(args.seed)  # for the k-NN images and the weights
     labelled = (labels >= 0).nonzero()[:, 0]
-    labelled = labelled[torch.randperm(len(labelled))[:5000]]  # for the k-NN read-out
+    labelled = labelled[torch.randperm(len(labelled))[:5000]]
 
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
@@ -552,7 +546,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} without fp16
+        if checkpoint["scaler"]:  # {} without fp16
+            scaler.load_state_dict(checkpoint["scaler"])
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -633,7 +628,7 @@ RECIPES = {
 
 
 def within(low, high=math.inf):
-    """A type of flag: a finite number from low to high, an integer if low is one."""
+    """A type of flag: a finite number of low's type, from low to high."""
     def number(text):
         value = type(low)(text)
         if not low <= value <= high or value == math.inf:
@@ -663,7 +658,7 @@ def parse_args(argv=None):
     add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
     add("--epochs", type=within(1), default=1000, help="passes over the images")
     add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
-    add("--lr", type=within(0.0), default=0.1, help="peak learning rate, times batch size / 256")
+    add("--lr", type=within(0.0), default=0.1, help="peak learning rate at batch size 256")
     add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
     add("--weight-decay", type=within(0.0), default=1e-6, help="except of biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
@@ -674,7 +669,8 @@ def parse_args(argv=None):
     add("--size", type=within(8), default=32, help="side of a view in pixels")
     add("--crop-scale", type=part, nargs=2, default=[0.08, 1.0], help="least and largest area")
     add("--flip-p", type=part, default=0.5, help="probability of a flip")
-    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2], help="see MultiViewAugment")
+    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
+        help="brightness, contrast, saturation, hue")
     add("--jitter-p", type=part, default=0.8, help="probability of colour jitter")
     add("--gray-p", type=part, default=0.2, help="probability of grey")
     add("--blur-kernel", type=within(1), default=3, help="taps of the Gaussian blur, odd")

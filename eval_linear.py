@@ -233,7 +233,7 @@ def parse_args(argv=None):
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     add("--lr", type=clamp.within(0.0), nargs="+", help="learning rates to choose from")
-    add("--epochs", type=clamp.within(1), help="passes over the images; default: 100, or 20 for --finetune")
+    add("--epochs", type=clamp.within(1), help="default: 100, or 20 for --finetune")
     add("--batch-size", type=clamp.within(2), default=256, help="images a step, over all processes")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)

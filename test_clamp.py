@@ -510,7 +510,8 @@ def test_labels_by_fraction_and_by_list(tmp_path):
     (tmp_path / "list").write_text("002.jpg\n100.jpg\n")
     assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
     with pytest.raises(clamp.UserError, match="of its 2 names, 0 belong"):
-        eval_linear.labelled_rows(clamp.PictureFiles(files.files[:2]), labels, str(tmp_path / "list"), 0)
+        files = clamp.PictureFiles(files.files[:2])
+        eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0)
 
 
 # -------- training
