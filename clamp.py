@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def draw_boxes(x, scale):
     """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
     them: the first of ten tries that fits, or else the largest central box of an allowed shape."""
     n, _, height, width = x.shape
-    area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
+    area = height * width * torch.empty(10, n, device=x.device).uniform_(*sorted(scale))
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
@@ -422,16 +423,16 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
     # crop() does nothing to batches of PictureFiles, which loader workers have cropped
-    return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
+    parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
+    return torch.cat(parts).to(device)  # joined on the GPU, they would take twice the memory
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
     """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
     weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
-    norms = bank.norm(dim=1).clamp(min=1e-12)  # a normalised bank would double the memory
-    correct = 0
+    norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0  # a normalised bank takes more memory
     for q, y in zip(queries.split(1024), labels.split(1024)):
-        cosine, nearest = (F.normalize(q) @ bank.T / norms).topk(min(k, len(bank)))
+        cosine, nearest = (F.normalize(q) @ bank.T).div_(norms).topk(min(k, len(bank)))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
         correct += (votes.sum(1).argmax(1) == y).sum().item()
     return 100 * correct / len(queries)
@@ -467,7 +468,8 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # download
+                                device_id=device if cuda else None)
     amp = args.amp
     if amp == "auto" and cuda:
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -683,7 +685,6 @@ def parse_args(argv=None):
     parser.set_defaults(**RECIPES[recipe], recipe=recipe)
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
-    args.crop_scale.sort()
     if args.blur_kernel % 2 == 0 or args.blur_kernel >= 2 * args.size:
         parser.error(f"--blur-kernel {args.blur_kernel}: give an odd number below twice --size")
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
@@ -704,8 +705,10 @@ def command_line(main):
     """Run main(). An error that the user can put right gives one line and exit status 2."""
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory; lower --batch-size, --views or --size"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -66,8 +66,7 @@ def labelled_rows(images, labels, part, seed):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         classes = [order[labels[order] == k] for k in labels.unique()]
         return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
-    names = set(Path(part).read_text().split())
-    files = getattr(images, "files", [])
+    names, files = set(Path(part).read_text().split()), getattr(images, "files", [])
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
         raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "
@@ -81,7 +80,12 @@ def extract(network, images, rows, options):
     share = math.ceil(len(rows) / world)
     padded = rows[torch.arange(share * world) % len(rows)]
     part = clamp.extract_features(network, images, padded.view(world, share)[rank], **options)
-    return clamp.gather(part[None])[0, :len(rows)]
+    if world == 1:
+        return part
+    features = part.new_zeros(world, *part.shape)  # gather() would hold them three times
+    features[rank] = part
+    torch.distributed.all_reduce(features)
+    return features.flatten(0, 1)[:len(rows)]
 
 
 def batches(train, args, options):

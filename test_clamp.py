@@ -125,7 +125,7 @@ def test_loss_ignores_autocast_and_refuses_other_shapes():
     with torch.autocast("cpu", torch.bfloat16):
         inside = clamp.packing_loss(z)[0]
     assert inside == clamp.packing_loss(z)[0]
-    for wrong in (z[:1], z[0]):
+    for wrong in z[:1], z[0]:
         with pytest.raises(ValueError, match="views >= 2"):
             clamp.packing_loss(wrong)
 
@@ -193,14 +193,13 @@ def test_several_processes_have_the_gradient_of_one_and_train_alike(tmp_path):
     train_shares(str(tmp_path))
     for world in (2, 3, 4):
         spawn(train_shares, world, str(tmp_path))
-    one = torch.load(tmp_path / "loss-1-0.pt")
-    whole = torch.load(tmp_path / "run-1" / "checkpoint.pt")["network"]
+    one, whole = (torch.load(tmp_path / f) for f in ("loss-1-0.pt", "run-1/checkpoint.pt"))
     for world in (2, 3, 4):
         for rank in range(world):
             for a, b in zip(torch.load(tmp_path / f"loss-{world}-{rank}.pt"), one):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
         network = torch.load(tmp_path / f"run-{world}" / "checkpoint.pt")["network"]
-        torch.testing.assert_close(network, whole, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(network, whole["network"], rtol=1e-3, atol=2e-5)
         ours, expected = (read_log(tmp_path / f"run-{n}")[2] for n in (world, 1))
         assert ours == pytest.approx(expected, rel=1e-3)
 
@@ -507,7 +506,7 @@ def test_labels_by_fraction_and_by_list(tmp_path):
     rows = eval_linear.labelled_rows(files, labels, 0.1, seed=0)
     assert labels[rows].bincount().tolist() == [4, 8, 0, 1] and len(set(rows.tolist())) == 13
     assert not torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=1))
-    (tmp_path / "list").write_text("002.jpg\n100.jpg\n")
+    (tmp_path / "list").write_text("002.jpg 100.jpg\n")
     assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
     with pytest.raises(clamp.UserError, match="of its 2 names, 0 belong"):
         files = clamp.PictureFiles(files.files[:2])
