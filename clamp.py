@@ -87,7 +87,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 # -------- augmentation
 # The operators take pictures [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], for
 # which 0 changes nothing. They agree with torchvision's, which take one parameter for all pictures.
-# Constants stay Python numbers, because the CPU would wait for their copy to a GPU.
+# Constants stay Python numbers, because the CPU would wait for a copy to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -165,13 +165,13 @@ def gaussian_blur(x, sigma, kernel):
 
 
 def normalize(x):
-    """(x - MEAN) / STD by Python numbers."""
+    """(x - MEAN) / STD in Python numbers."""
     return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 
 @dataclass
 class MultiViewAugment:
-    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
+    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, in
     the steps of SimCLR and BYOL. blur_p and solarize_p hold one probability for all views, or
     several that are used in turn. Pictures that are too large to be kept in memory arrive as
     crops [b, m, 3, size, size], which crop() has made in a loader worker."""
@@ -332,7 +332,7 @@ def load_data(name, split, limit=None, seed=0, skip_broken=False):
 
 
 def download(name, split):
-    """By torchvision, to data/."""
+    """Torchvision downloads the data set to data/."""
     source = getattr(torchvision.datasets, name.upper())
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of each node
         try:
@@ -395,8 +395,8 @@ def read_pictures(files, skip_broken):
 
 
 def image_batches(images, batches, crop, device, workers=0):
-    """Yield the images in each row of `batches`, indices [steps, b]. Of PictureFiles, yield crops,
-    which crop() makes in loader workers."""
+    """Yield the images in each row of `batches`, indices [steps, b]. For PictureFiles, yield the
+    crops that crop() makes in loader workers."""
     if torch.is_tensor(images):
         yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
         return
@@ -445,7 +445,7 @@ def rank_and_world():
 
 def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. If
-    every process backpropagates `world` times the same loss of it, then DDP's average of their
+    every process backpropagates `world` times the loss of it, then DDP's average of their
     gradients is the gradient that one process would get for the whole batch."""
     rank, world = rank_and_world()
     if world == 1:
@@ -468,7 +468,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # download
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # for data
                                 device_id=device if cuda else None)
     amp = args.amp
     if amp == "auto" and cuda:
@@ -487,7 +487,7 @@ def save(path, content):
 
 
 def load(path):
-    """Load to the CPU what save() wrote. Runs no code from the file. Raises many exceptions."""
+    """Load to the CPU what save() wrote. Runs no code from the file. Raises many errors."""
     if zipfile.ZipFile(path).testzip():
         raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -630,7 +630,7 @@ RECIPES = {
 
 
 def within(low, high=math.inf):
-    """A type of flag: a finite number of low's type, from low to high."""
+    """A flag's type: a finite number of low's type, from low to high."""
     def number(text):
         value = type(low)(text)
         if not low <= value <= high or value == math.inf:
@@ -662,7 +662,7 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
     add("--lr", type=within(0.0), default=0.1, help="peak learning rate at batch size 256")
     add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=within(0.0), default=1e-6, help="except of biases and norms")
+    add("--weight-decay", type=within(0.0), default=1e-6, help="except on biases and norms")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
     add("--stem", choices=("imagenet", "cifar"), default="cifar", help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
@@ -693,11 +693,11 @@ def parse_args(argv=None):
 
 
 def add_machine_flags(parser):
-    """Flags that eval_linear.py has, too."""
+    """Flags that eval_linear.py has too."""
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=within(0), default=min(8, os.cpu_count()), help="loaders of a process")
+    add("--workers", type=within(0), default=min(8, os.cpu_count()), help="loaders per process")
     add("--seed", type=within(0), default=0, help="seed of all random numbers")
 
 
