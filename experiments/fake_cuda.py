@@ -1,0 +1,144 @@
+"""Run clamp.py's code on CUDA tensors without contents, on a machine without a GPU.
+
+It takes private parts of torch and a version that has them all; `MISSING` says what is missing.
+"""
+
+import contextlib
+import traceback
+import weakref
+from collections import Counter
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import clamp
+import eval_linear
+
+CUDA, ATEN = torch.device("cuda", 0), torch.ops.aten
+MISSING = "" if hasattr(torch._C, "_ensureCUDADeviceGuardSet") else (
+    f"torch {torch.__version__} cannot make CUDA tensors without a GPU")
+
+
+class FakeCuda(FakeTensorMode):
+    """While it is on, CUDA tensors have no contents, and CPU tensors are real. Raises if an operation
+    mixes devices or if the shape of its result depends on contents (a mask as an index).
+
+    waits: how often each function of this project made the CPU wait for the GPU, by .item(), bool()
+        or a copy between the two that is not non_blocking
+    held, peak: bytes of all CUDA tensors now, and at most so far
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.storages, self.held, self.peak, self.nested = Counter(), set(), 0, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        target = kwargs.get("device") or "cpu"
+        devices = {x.device.type for x in tensors if x.ndim}
+        if FakeTensor not in map(type, tensors) and torch.device(target).type == "cpu":
+            return func(*args, **kwargs)
+        if self.nested:  # within an operation of torch's
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if func is ATEN._local_scalar_dense.default:
+            self.wait()
+            return torch.ones((), dtype=args[0].dtype).item()
+        if func in (ATEN._to_copy.default, ATEN.copy_.default):
+            places = {x.device.type for x in tensors}
+            if "device" in kwargs:
+                places.add(torch.device(target).type)
+            if len(places) > 1 and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+                self.wait()
+        elif len(devices) > 1:
+            raise RuntimeError(f"{func} mixes devices")
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else self.from_tensor(x),
+            (args, kwargs))
+        self.nested = True
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.nested = False
+        for x in tree_leaves(result):
+            if isinstance(x, FakeTensor) and x.device.type == "cuda":
+                self.count(x.untyped_storage())
+        return result
+
+    def __deepcopy__(self, memo):  # with a network
+        return self
+
+    def wait(self):
+        files = clamp.__file__, eval_linear.__file__
+        names = [frame.name for frame in traceback.extract_stack() if frame.filename in files]
+        self.waits[["outside", *(name for name in names if name[0] != "<")][-1]] += 1
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.storages:
+            self.storages.add(key)
+            weakref.finalize(storage, self.release, key, size)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+
+    def release(self, key, size):
+        self.storages.remove(key)
+        self.held -= size
+
+
+def backward(loss):
+    """loss.backward(), whose engine would ask the driver for a stream. Frees as the engine does."""
+    waiting = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    loss.detach_()
+    while waiting:
+        node = max(waiting, key=lambda node: node._sequence_nr())  # after all that depend on it
+        given = waiting.pop(node)
+        if hasattr(node, "variable"):  # a parameter
+            weight, = [node.variable]
+            weight.grad = given[0] if weight.grad is None else weight.grad + given[0]
+            continue
+        given = [given.get(k) for k in range(len(node._input_metadata))]
+        with torch.no_grad():
+            grads = getattr(node, "apply", node)(*given)
+            edges = node.next_functions
+            del node, given
+            for (target, k), grad in zip(edges, grads if isinstance(grads, tuple) else [grads]):
+                if target is not None and grad is not None:
+                    like, sums = target._input_metadata[k], waiting.setdefault(target, {})
+                    grad = grad.sum_to_size(like.shape).to(like.dtype)
+                    sums[k] = sums[k] + grad if k in sums else grad
+            del edges, grads, target, grad
+
+
+def with_buckets(network):
+    """In place of DDP, which holds the gradients a second time, in buckets to be averaged."""
+    network.buckets = [torch.empty_like(p) for p in network.parameters()]
+    return network
+
+
+@contextlib.contextmanager
+def fake_gpu(world=1, dtype=torch.bfloat16):
+    """clamp.py and eval_linear.py take this process for the first of `world` with a GPU each. What
+    the other processes would send is left out, and batch norm is not synchronised."""
+    def nothing(*_, **__):
+        pass
+
+    changes = {
+        torch.cuda.amp.common: dict(amp_definitely_not_available=lambda: False),
+        torch.cuda: dict(is_bf16_supported=lambda: True),
+        torch.Tensor: dict(backward=backward),
+        dist: dict(broadcast_object_list=nothing, all_gather=nothing, all_reduce=nothing),
+        nn.parallel: dict(DistributedDataParallel=with_buckets),
+        nn.SyncBatchNorm: dict(convert_sync_batchnorm=lambda network: network),
+        clamp: dict(start_processes=lambda args: (CUDA, dtype), rank_and_world=lambda: (0, world),
+                    save=nothing, save_image=nothing)}
+    with contextlib.ExitStack() as stack:
+        for place, names in changes.items():
+            stack.enter_context(mock.patch.multiple(place, **names))
+        # What a node saved for backward() is let go once the node has used it.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: [x], list.pop))
+        yield stack.enter_context(FakeCuda())

@@ -1,0 +1,70 @@
+"""Peak memory of a GPU while clamp.py trains, computed without a GPU.
+
+    python experiments/memory.py                                       every recipe
+    python experiments/memory.py --recipe imagenet1k --views 8         a run of your own
+
+Two steps of clamp.train run on CUDA tensors without contents, in bf16 unless you say --amp off.
+Counted are weights, gradients, momentum, DDP's buckets, images in memory, views, activations and
+whatever else the code of this project holds. Not counted are what cuDNN and other libraries take
+within an operation, fragmentation, and the CUDA context (together often 1 to 3 GiB).
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import clamp  # noqa: E402
+import fake_cuda  # noqa: E402
+
+RUNS = [("patterns", 1), ("small", 1), ("cifar10-published", 1), ("cifar10-published", 8),
+        ("imagenet100", 1), ("imagenet100", 4), ("imagenet100", 8), ("imagenet1k", 1),
+        ("imagenet1k", 8)]
+
+
+def peak_gib(args, world):
+    """The most GiB that one of `world` GPUs holds in two steps of clamp.train."""
+    if args.batch_size % world:
+        return float("nan")
+    share, labels = args.batch_size // world, torch.full([2 * args.batch_size], -1)
+
+    def crops(images, batches, *_, **__):
+        shape = share, args.views, 3, args.size, args.size
+        return (torch.empty(shape, dtype=torch.uint8, device="cuda") for _ in batches)
+
+    with contextlib.ExitStack() as stack:
+        args.out, args.epochs = stack.enter_context(tempfile.TemporaryDirectory()), 1
+        for redirect in contextlib.redirect_stdout, contextlib.redirect_stderr:
+            stack.enter_context(redirect(io.StringIO()))
+        dtype = torch.float32 if args.amp == "off" else torch.bfloat16
+        gpu = stack.enter_context(fake_cuda.fake_gpu(world, dtype))
+        images = []
+        if args.data in clamp.DATASETS:
+            n = args.limit or (5000 if args.data == "patterns" else 50_000)
+            images = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        else:
+            stack.enter_context(mock.patch.object(clamp, "image_batches", crops))
+        clamp.train(args, data=(images, labels))
+    return gpu.peak / 2**30
+
+
+def main(flags):
+    if fake_cuda.MISSING:
+        raise clamp.UserError(fake_cuda.MISSING)
+    print("recipe               GPUs   batch of a GPU   GiB of a GPU")
+    runs = RUNS
+    if flags:
+        runs = [(clamp.parse_args(flags).recipe, world) for world in (1, 2, 4, 8)]
+    for recipe, world in runs:
+        args = clamp.parse_args(flags or ["--recipe", recipe])
+        print(f"{recipe:20} {world:4} {args.batch_size / world:16g} {peak_gib(args, world):14.1f}",
+              flush=True)
+
+
+if __name__ == "__main__":
+    clamp.command_line(lambda: main(sys.argv[1:]))

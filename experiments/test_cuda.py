@@ -1,0 +1,147 @@
+"""What can be known of the CUDA path without a GPU, and one test for a machine with two.
+
+The tests on fake CUDA tensors (fake_cuda.py) run clamp.train and eval_linear.evaluate themselves.
+They fail if an operation mixes devices, if a mask is an index, and if the CPU waits for the GPU
+anywhere but in the places that are listed here with their counts.
+"""
+
+import gc
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import clamp  # noqa: E402
+import eval_linear  # noqa: E402
+import fake_cuda  # noqa: E402
+import memory  # noqa: E402
+from test_clamp import FixedViews, tiny_network, write_pictures  # noqa: E402
+
+fake = pytest.mark.skipif(bool(fake_cuda.MISSING), reason=fake_cuda.MISSING)
+FEW = ["--views", "2", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+
+
+def size(tensors):
+    return sum(x.nbytes for x in tensors)
+
+
+@fake
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # which needs a GPU
+@pytest.mark.parametrize("streamed, world, steps, read_outs", [
+    (False, 1, 21, 11), (False, 2, 3, 3), (True, 1, 3, 3)])
+def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, read_outs, tmp_path):
+    network, outputs = tiny_network(), set()
+    network.register_forward_hook(lambda module, x, z: outputs.add((z.device, z.dtype)))
+    args = clamp.parse_args([*FEW, "--blur-p", "1", "0.1", "--solarize-p", "0", "0.2", "--eta",
+                             "0.001", "--data", str(tmp_path / "photos"), "--out", str(tmp_path)])
+    data = torch.zeros(4 * steps, 3, 40, 36, dtype=torch.uint8), torch.arange(4 * steps)
+    if streamed:
+        write_pictures(tmp_path / "photos", 4 * steps, ((40, 50), (70, 30)))  # without labels
+        data = None
+    with fake_cuda.fake_gpu(world) as gpu:
+        clamp.train(args, network=network, data=data)
+    assert outputs == {(fake_cuda.CUDA, torch.bfloat16)}
+    # The network is moved, and each read-out takes six numbers.
+    waits = {"train": len(network.state_dict()) + 6 * read_outs}
+    if not streamed:  # The images and the labels are moved, and the k-NN read-out follows.
+        waits = {"train": waits["train"] + 2, "extract_features": 2, "knn_accuracy": 2}
+    assert gpu.waits == waits
+    gc.collect()  # What is left are weights, gradients, DDP's buckets and batch norm's statistics.
+    weights = size(network.parameters())
+    assert gpu.held == weights * (2 if world == 1 else 3) + size(network.buffers())
+    assert gpu.peak > gpu.held + weights  # the momentum
+
+
+@fake
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("method, waits", [
+    ([], {"probe": 4, "batches": 4, "extract_features": 4}),
+    (["--augment"], {"probe": 4, "batches": 4, "extract_features": 4}),
+    (["--finetune"], {"batches": 6, "extract_features": 10})])
+def test_evaluation_waits_for_the_gpu_once_an_epoch(method, waits, tmp_path):
+    """Two epochs of three steps for two learning rates, and again for the better one."""
+    backbone = tiny_network().backbone
+    clamp.save(tmp_path / "backbone.pt", {"settings": vars(clamp.parse_args([])),
+                                          "backbone": backbone.state_dict()})
+    data = torch.zeros(60, 3, 32, 32, dtype=torch.uint8), torch.arange(60) % 2
+    args = eval_linear.parse_args([str(tmp_path), "--epochs", "2", "--batch-size", "18", "--lr",
+                                   "0.1", "0.2", *method])
+    with fake_cuda.fake_gpu() as gpu:
+        eval_linear.evaluate(args, backbone, [data, data])
+    # Besides the training: the network, images and labels are moved, and accuracies are read.
+    assert gpu.waits == waits | {"evaluate": len(backbone.state_dict()) + 1, "make_split": 4,
+                                 "accuracy": 4, "knn_accuracy": 2}
+
+
+@fake
+@pytest.mark.parametrize("world", [1, 8])
+def test_features_are_not_held_twice(world):
+    with fake_cuda.fake_gpu(world) as gpu:
+        images = torch.zeros(4096, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        options = dict(size=32, device=fake_cuda.CUDA, dtype=torch.float32)
+        features = eval_linear.extract(nn.Flatten(), images, torch.arange(4096), options)
+        assert features.shape == (4096, 3072)
+        assert features.nbytes <= gpu.peak - images.nbytes < 1.3 * features.nbytes
+
+
+@fake
+def test_peak_memory_is_counted_to_the_byte_and_grows_with_the_batch():
+    gpu = fake_cuda.FakeCuda()
+    with gpu:
+        x = torch.zeros(1000, 1000, device="cuda")
+        view, copy = x.T[5:], x.half()
+        assert gpu.held == gpu.peak == 6_000_000
+        del x, copy
+        assert gpu.held == 4_000_000 and len(view) == 995
+        del view
+    assert gpu.held == 0 and gpu.peak == 6_000_000
+    peaks = [memory.peak_gib(clamp.parse_args([*FEW, "--batch-size", str(b)]), world)
+             for b, world in ((64, 1), (128, 1), (192, 1), (192, 3))]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.02)
+    assert peaks[0] < peaks[3] < peaks[0] + 0.1  # DDP's buckets
+
+
+def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
+    def loss_fn(z):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    args = clamp.parse_args([*FEW, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        clamp.command_line(lambda: clamp.train(args, loss_fn, tiny_network()))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error: out of GPU memory; lower --batch-size" in line
+
+
+def train_alike(rank, world, device, norm, compiled, folder, port):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_float32_matmul_precision = lambda precision: None  # because TF32 is coarse
+    torch.backends.cudnn.allow_tf32 = False
+    network = tiny_network(norm=norm)
+    if compiled:
+        network.compile()
+    args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
+                             "--amp", "off", "--device", device, "--out", f"{folder}/{world}"])
+    clamp.train(args, network=network, augment=FixedViews(32, 3))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_gpus_train_as_one_does(compiled, tmp_path, device="cuda", norm=nn.BatchNorm2d):
+    for world in (1, 2):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        torch.multiprocessing.spawn(
+            train_alike, (world, device, norm, compiled, str(tmp_path), port), world)
+    one, two = (torch.load(tmp_path / f"{world}" / "checkpoint.pt") for world in (1, 2))
+    torch.testing.assert_close(two["network"], one["network"], rtol=1e-3, atol=2e-5)
+    assert [x["loss"] for x in two["log"]] == pytest.approx([x["loss"] for x in one["log"]], 1e-3)
