@@ -168,16 +168,16 @@ def benchmark(quick=False):
             picture = torch.rand(3, 94, 125)[None]
             picture = F.interpolate(picture, (376, 500), mode="bilinear")[0]
             torchvision.utils.save_image(picture, f"{folder}/{k}.jpg")
-        files, _ = clamp.load_data(folder, "train")
+        pictures, _ = clamp.load_data(folder, "train")
         augment = clamp.MultiViewAugment(size, 4, blur_kernel=23)
         batches = torch.arange(n).view(-1, n // 6 if n > 8 else n)
 
         def stream():
-            crops = clamp.image_batches(files, batches, augment.crop, device, workers=1)
+            crops = clamp.image_batches(pictures, batches, augment.crop, device, workers=1)
             return [augment(x) for x in crops]
 
         loader = torch.utils.data.DataLoader(
-            UsualFolder(files, 4, usual_transform(size, 23)), 64, num_workers=1)
+            UsualFolder(pictures.files, 4, usual_transform(size, 23)), 64, num_workers=1)
         ours, theirs = seconds(stream, device), seconds(lambda: list(loader), cpu)
         print(f"streamed photographs, 1 worker, 4 views of {size} px: {4 * n / ours:.0f} views/s, "
               f"each view decoded and transformed in the loader {4 * n / theirs:.0f}: "

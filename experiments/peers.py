@@ -1,21 +1,45 @@
-"""Other losses on the same augmentation, network, optimiser, loop and process handling as CLAMP.
+"""Other methods on the same augmentation, network, optimiser, loop and process handling as CLAMP.
 
-    python experiments/peers.py simclr [any flag of clamp.py]
+    python experiments/peers.py METHOD [any flag of clamp.py]
 
-The methods are simclr, barlow_twins, vicreg and mmcr. A loss takes the embeddings z [m, b, d] of
-the images of all processes, and returns its value and a dict of numbers to log.
+METHOD is a key of METHODS at the end of this file, which lists what each method brings: a loss, and
+for some a network, an augmentation and flags. A loss takes z [m, b, d], the embeddings of m views
+of the b images of all processes, and returns its value and a dict of numbers to log. The statistics
+that a method takes over the batch are therefore over the images of all processes.
+
+no_centring and no_logarithm are CLAMP without these parts. Other changes of CLAMP are flags of
+clamp.py: --max-reach 1.0, or --radius-scale 1e6, by which every sum of two radii is at the cap, so
+that only the centres matter.
 """
 
+import copy
+import math
 import sys
 from collections import OrderedDict
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import clamp  # noqa: E402
+
+# -------- losses
+
+def two_views(z):
+    if len(z) != 2:
+        raise clamp.UserError(f"--views {len(z)}: this method compares two views; give 2")
+    return z
+
+
+def across_views(x, y):
+    """The mean product x[v, i] . y[w, i] over all images i and all pairs of views v != w."""
+    m, b, _ = x.shape
+    return ((x.sum(0) * y.sum(0)).sum() - (x * y).sum()) / (m * (m - 1) * b)
 
 
 def simclr(z, temperature=0.1):
@@ -28,8 +52,8 @@ def simclr(z, temperature=0.1):
 
 
 def barlow_twins(z, weight=0.005):
-    """The views' cross-correlation becomes the identity (arXiv 2103.03230); two views."""
-    x, y = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)
+    """The views' cross-correlation becomes the identity (arXiv 2103.03230)."""
+    x, y = two_views((z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True))
     c = x.T @ y / len(x)
     on_diagonal = (c.diagonal() - 1).square().sum()
     off_diagonal = c.square().sum() - c.diagonal().square().sum()
@@ -37,9 +61,9 @@ def barlow_twins(z, weight=0.005):
 
 
 def vicreg(z):
-    """Variance, invariance and covariance, weighted 25 : 25 : 1 (arXiv 2105.04906); two views."""
+    """Variance, invariance and covariance, weighted 25 : 25 : 1 (arXiv 2105.04906)."""
     _, b, d = z.shape
-    invariance = F.mse_loss(z[0], z[1])
+    invariance = F.mse_loss(*two_views(z))
     variance = F.relu(1 - (z.var(1) + 1e-4).sqrt()).mean()
     z = z - z.mean(1, keepdim=True)
     covariance = z.mT @ z / (b - 1)
@@ -53,29 +77,222 @@ def mmcr(z):
     return -torch.linalg.matrix_norm(centroids, "nuc") / len(centroids), {}
 
 
-METHODS = {  # the loss, and the widths of its projector
-    "simclr": (simclr, "2048-256"), "barlow_twins": (barlow_twins, "2048-2048"),
-    "vicreg": (vicreg, "2048-2048"), "mmcr": (mmcr, "512-128"),
-}
+def w_mse(z):
+    """W-MSE: squared distance of the views after sub-batches of 2 d images have been whitened by
+    the Cholesky factor of their covariance, and put on the sphere (arXiv 2007.06346)."""
+    _, b, d = z.shape
+    if b % (2 * d):
+        raise clamp.UserError(f"--batch-size {b}: w_mse takes a multiple of {2 * d}, twice the "
+                              "last width of --projector")
+    # The images of a batch come in random order, so neighbours are a random sub-batch.
+    x = z.double().unflatten(1, (-1, 2 * d))  # [m, b / 2d, 2d, d]
+    x = x - x.mean(2, keepdim=True)
+    factor = torch.linalg.cholesky(x.mT @ x / (2 * d - 1))
+    white = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
+    white = F.normalize(white.flatten(1, 2), dim=2)
+    return 2 - 2 * across_views(white, white), {}
 
 
-def build_network(args):
-    """Backbone and projector with batch norm: Linear-BatchNorm-ReLU-...-Linear."""
-    backbone = clamp.build_backbone(args.arch, args.stem, args.zero_init)
-    widths = [backbone.num_features, *args.projector]
+def shuffled_dbn(z, group=16):
+    """Shuffled-DBN: mean squared difference of the views after random groups of features have been
+    ZCA-whitened (arXiv 2105.00470, which sums over the features: its learning rate is 1/d of ours).
+    """
+    _, b, d = z.shape
+    if d % group or b <= group:
+        raise clamp.UserError(f"shuffled_dbn whitens {group} features at a time: give a last width "
+                              f"of --projector that {group} divides, and a larger --batch-size")
+
+    def whiten(x):  # [b, d], one view
+        order = torch.randperm(d, device=x.device)
+        if dist.is_initialized():
+            dist.broadcast(order, 0)  # all processes take the first one's order
+        x = x[:, order].unflatten(1, (-1, group)).transpose(0, 1)  # [d / group, b, group]
+        x = x - x.mean(1, keepdim=True)
+        values, vectors = torch.linalg.eigh(x.mT @ x / b)
+        x = x @ (vectors * values.rsqrt()[:, None]) @ vectors.mT
+        return x.transpose(0, 1).flatten(1)[:, order.argsort()]
+
+    white = torch.stack([whiten(x) for x in z.double()])
+    return 2 - 2 * across_views(white, white) / d, {}  # the mean square of a white feature is 1
+
+
+def simsiam(z):
+    """SimSiam: the prediction from each view, z[:, :, :d/2], points to the projection of the other
+    view, z[:, :, d/2:], which gets no gradient (arXiv 2011.10566)."""
+    prediction, projection = F.normalize(z.unflatten(2, (2, -1)), dim=3).unbind(2)
+    return -across_views(prediction, projection.detach()), {}
+
+
+def byol(z):
+    """BYOL: the same as 4 - 4 cosines (arXiv 2006.07733). Its projection is a momentum copy's."""
+    return 4 + 4 * simsiam(z)[0], {}
+
+
+def swav(z, temperature=0.1, epsilon=0.03, rounds=3):
+    """SwAV with two crops and no queue: each view predicts the other's assignment to prototypes
+    from its scores z [m, b, prototypes] (arXiv 2006.09882). The release has epsilon 0.05, and
+    advises 0.03 against a collapse, at which the loss is the logarithm of their number."""
+    assignment = (z.detach() / epsilon).exp()
+    for _ in range(rounds):  # Sinkhorn-Knopp, for each view
+        assignment = assignment / assignment.sum(1, keepdim=True)  # prototypes share images equally
+        assignment = assignment / assignment.sum(2, keepdim=True)  # each image is assigned once
+    return -across_views(assignment, (z / temperature).log_softmax(2)), {}
+
+
+def ce_ssl(z, weight=0.4):
+    """CE-SSL (Yerxa et al., NeurIPS 2024): SimCLR of z[:, :, :d/2], and SimCLR of the differences
+    that the two views make in z[:, :, d/2:]. Images 2k and 2k + 1 have the same two views, so their
+    differences should agree, and differ from those of other pairs."""
+    invariant, equivariant = z.chunk(2, 2)
+    first, second = two_views(equivariant)
+    differences = (first - second).unflatten(0, (-1, 2)).transpose(0, 1)  # [2, b / 2, d / 2]
+    loss = (1 - weight) * simclr(invariant)[0], weight * simclr(differences)[0]
+    return sum(loss), {"invariant part": loss[0].detach()}
+
+
+def no_logarithm(z, **options):
+    """CLAMP's energy E itself; its loss is log(E + 1e-6)."""
+    loss, numbers = clamp.packing_loss(z, **options)
+    return loss.exp() - 1e-6, numbers
+
+
+# -------- networks
+
+def mlp(*widths):
+    """Linear-BatchNorm-ReLU-...-Linear."""
     layers = []
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-    return nn.Sequential(OrderedDict(backbone=backbone, projector=nn.Sequential(*layers[:-2])))
+    return nn.Sequential(*layers[:-2])
+
+
+def build_network(args):
+    """Backbone and projector with batch norm: pictures [n, 3, size, size] -> [n, d]."""
+    backbone = clamp.build_backbone(args.arch, args.stem, args.zero_init)
+    projector = mlp(backbone.num_features, *args.projector)
+    return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+
+
+class SideBySide(nn.Module):
+    """The outputs of two modules: [n, d] -> [n, 2 d]."""
+
+    def __init__(self, left, right):
+        super().__init__()
+        self.left, self.right = left, right
+
+    def forward(self, x):
+        return torch.cat([self.left(x), self.right(x)], 1)
+
+
+def build_simsiam(args):
+    """Pictures -> prediction and projection. The predictor has a bottleneck of d / 4."""
+    network, d = build_network(args), args.projector[-1]
+    network.projector.append(nn.BatchNorm1d(d, affine=False))
+    return network.append(SideBySide(mlp(d, d // 4, d), nn.Identity()))
+
+
+class BYOL(nn.Module):
+    """Pictures -> prediction, and projection by a momentum copy of backbone and projector. In
+    training the copy moves at each step, ever slower: it keeps the share 0.99 at first, then
+    1 - 0.01 (1 + cos(pi step / args.steps)) / 2."""
+
+    def __init__(self, args, momentum=0.99):
+        super().__init__()
+        online, d = build_network(args), args.projector[-1]
+        self.backbone, self.projector = online
+        self.predictor = mlp(d, *args.projector)
+        self.target = copy.deepcopy(online).requires_grad_(False)
+        self.momentum, self.steps = momentum, args.steps
+        self.register_buffer("step", torch.zeros(()))
+
+    @torch.no_grad()
+    def move_target(self):
+        share = (1 - self.momentum) * (1 + torch.cos(math.pi * self.step / self.steps)) / 2
+        online = [*self.backbone.parameters(), *self.projector.parameters()]
+        for old, new in zip(self.target.parameters(), online):
+            old.lerp_(new, share)
+        self.step += 1
+
+    def forward(self, x):
+        if self.training:  # the optimiser has moved the weights since the last step
+            self.move_target()
+        prediction = self.predictor(self.projector(self.backbone(x)))
+        return torch.cat([prediction, self.target(x)], 1)
+
+
+class Prototypes(nn.Linear):
+    """Vectors [n, d] -> their cosines with the prototypes, which are kept on the sphere."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight))
+        return super().forward(F.normalize(x))
+
+
+def build_swav(args):
+    """Pictures -> scores. The paper has 3000 prototypes for batches of 4096 without a queue."""
+    prototypes = Prototypes(args.projector[-1], 3 * args.batch_size // 4, bias=False)
+    return build_network(args).append(prototypes)
+
+
+def build_ce_ssl(args):
+    """Pictures -> invariant and equivariant embedding, by a projector each."""
+    network = build_network(args)
+    second = mlp(network.backbone.num_features, *args.projector)
+    network.projector = SideBySide(network.projector, second)
+    return network
+
+
+# -------- augmentation
+
+class PairedAugment(clamp.MultiViewAugment):
+    """Images 2k and 2k + 1 get the same transformations."""
+
+    def __call__(self, images):
+        if images.ndim == 5 or len(images) % 2:
+            raise clamp.UserError("ce_ssl pairs images: give pictures of one size up to 256 px, "
+                                  "and a --batch-size that is an even number for each process")
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            even = super().__call__(images[::2])
+        odd = super().__call__(images[1::2])  # draws the same random numbers again
+        return torch.stack([even, odd], 2).flatten(1, 2)
+
+
+# -------- table of methods
+
+PACKING = dict(options=("radius_scale", "max_reach"), network=clamp.build_network)
+METHODS = {
+    "simclr": dict(loss=simclr, flags="--views 2 --projector 2048-256"),
+    "barlow_twins": dict(loss=barlow_twins, flags="--views 2 --projector 2048-2048"),
+    "vicreg": dict(loss=vicreg, flags="--views 2 --projector 2048-2048"),
+    "mmcr": dict(loss=mmcr, flags="--views 2 --projector 512-128"),
+    "w_mse": dict(loss=w_mse, flags="--views 2 --projector 1024-64 --batch-size 128"),
+    "shuffled_dbn": dict(loss=shuffled_dbn, flags="--views 2 --projector 1024-512"),
+    "simsiam": dict(loss=simsiam, network=build_simsiam, flags="--views 2 --projector 2048-2048"),
+    "byol": dict(loss=byol, network=BYOL, flags="--views 2 --projector 4096-256"),
+    "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048-128"),
+    "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
+                   flags="--views 2 --projector 2048-256"),
+    "no_centring": PACKING | dict(loss=partial(clamp.packing_loss, center=False)),
+    "no_logarithm": PACKING | dict(loss=no_logarithm),
+}
 
 
 def main(method="", *flags):
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
-    loss_fn, projector = METHODS[method]
-    args = clamp.parse_args(["--views", "2", "--projector", projector, *flags])
+    default = dict(options=(), network=build_network, augment=clamp.MultiViewAugment, flags="")
+    parts = default | METHODS[method]
+    args = clamp.parse_args([*parts["flags"].split(), *flags])
+    args.method = method  # so that no other method continues the run
+    clamp.start_processes(args)  # before load_data, by which one process downloads for all
+    data = clamp.load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
+    args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
-    clamp.train(args, loss_fn, build_network(args))
+    network = parts["network"](args)
+    augment = parts["augment"](**{f.name: getattr(args, f.name) for f in fields(parts["augment"])})
+    loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in parts["options"]})
+    clamp.train(args, loss_fn, network, augment, data)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import clamp  # noqa: E402
 import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
+from test_clamp import loop_loss, spawn, tiny_network  # noqa: E402
 
 TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32-16"]
+ONE_STEP = [*TINY, "--limit", "32"]
 
 
 def test_other_losses_equal_independent_formulas():
@@ -38,15 +40,266 @@ def test_other_losses_equal_independent_formulas():
                   + sum((c**2).sum() for c in covariances) / d / 25,
         "mmcr": -torch.linalg.eigvalsh((x + y).T @ (x + y) / 4).clamp(min=0).sqrt().sum() / b}
     for name, value in expected.items():
-        torch.testing.assert_close(peers.METHODS[name][0](z)[0], value)
+        torch.testing.assert_close(peers.METHODS[name]["loss"](z)[0], value)
 
 
-def test_a_peer_trains_and_its_backbone_is_measured(tmp_path):
-    peers.main("vicreg", *TINY, "--out", str(tmp_path))
-    result = geometry.measure(geometry.parse_args([str(tmp_path)]))
-    assert result["n_test"] == 2000 and (tmp_path / "geometry.json").exists()
-    with pytest.raises(clamp.UserError, match="'nope' is not one of simclr"):
-        peers.main("nope")
+def pairs(m):
+    return [(v, w) for v in range(m) for w in range(m) if v != w]
+
+
+def loop_w_mse(z):
+    m, b, d = z.shape
+    white = []
+    for view in z:
+        for x in view.split(2 * d):  # x = q r with r^T r = (2 d - 1) covariance
+            q, r = torch.linalg.qr(x - x.mean(0))
+            white += [v / v.norm() for v in q * r.diagonal().sign()]
+    return sum((white[v * b + i] - white[w * b + i]).square().sum()
+               for v, w in pairs(m) for i in range(b)) / len(pairs(m)) / b
+
+
+def loop_shuffled_dbn(z):
+    m, b, d = z.shape
+    white = torch.zeros(m, b, d, dtype=z.dtype)
+    torch.manual_seed(0)
+    for v in range(m):
+        for features in torch.randperm(d).split(16):  # ZCA makes every singular value the same
+            x = z[v][:, features]
+            left, _, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+            white[v, :, features] = math.sqrt(b) * left @ right
+    return sum(F.mse_loss(white[v], white[w]) for v, w in pairs(m)) / len(pairs(m))
+
+
+def loop_simsiam(z):
+    m, b, d = z.shape
+    prediction, projection = z[:, :, :d // 2], z[:, :, d // 2:].detach()
+    return -sum(F.cosine_similarity(prediction[v, i], projection[w, i], dim=0)
+                for v, w in pairs(m) for i in range(b)) / len(pairs(m)) / b
+
+
+def loop_byol(z):
+    m, b, d = z.shape
+    prediction, target = F.normalize(z[:, :, :d // 2], dim=2), z[:, :, d // 2:].detach()
+    target = target / target.norm(dim=2, keepdim=True)
+    both = [(prediction[v] - target[w]).square().sum() / b for v, w in pairs(m)]
+    return 2 * sum(both) / len(both)
+
+
+def loop_swav(z):
+    m, b, k = z.shape
+    assigned = []
+    for view in z.detach():
+        q = torch.exp(view.T / 0.03)  # [prototypes, images], as in the paper
+        for _ in range(3):
+            for row in range(k):
+                q[row] /= k * q[row].sum()
+            for column in range(b):
+                q[:, column] /= b * q[:, column].sum()
+        assigned.append(b * q)
+    return -sum(assigned[v][j, i] * (z[w, i, j] / 0.1 - (z[w, i] / 0.1).logsumexp(0))
+                for v, w in pairs(m) for i in range(b) for j in range(k)) / len(pairs(m)) / b
+
+
+def loop_ce_ssl(z):
+    def simclr(twins):
+        points = [x / x.norm() for twin in twins for x in twin]
+        loss = 0
+        for i, x in enumerate(points):
+            others = torch.stack([x @ y / 0.1 for j, y in enumerate(points) if j != i])
+            loss += others.logsumexp(0) - x @ points[i ^ 1] / 0.1
+        return loss / len(points)
+
+    _, b, d = z.shape
+    change = [z[0, i, d // 2:] - z[1, i, d // 2:] for i in range(b)]
+    return (0.6 * simclr([(z[0, i, :d // 2], z[1, i, :d // 2]) for i in range(b)])
+            + 0.4 * simclr([(change[i], change[i + 1]) for i in range(0, b, 2)]))
+
+
+SHAPES = {"w_mse": (3, 12, 3), "shuffled_dbn": (3, 20, 32), "simsiam": (3, 6, 8),
+          "byol": (2, 6, 8), "swav": (3, 6, 5), "ce_ssl": (2, 6, 8)}
+
+
+def loss_of_share(name, rank=0, world=1):
+    """A method's loss, and its gradient for this process's share of the images."""
+    _, b, _ = shape = SHAPES[name]
+    z = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z = z[:, rank * b // world:(rank + 1) * b // world].requires_grad_()
+    torch.manual_seed(rank)
+    loss, _ = peers.METHODS[name]["loss"](clamp.gather(z))
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_loss_and_gradient_equal_the_papers_formula_in_loops(name):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(SHAPES[name], dtype=torch.float64, generator=generator).requires_grad_()
+    expected = globals()[f"loop_{name}"](z)
+    expected.backward()
+    torch.testing.assert_close(loss_of_share(name), (expected.detach(), z.grad))
+
+
+def tiny_backbone(*_):
+    backbone = tiny_network().backbone
+    backbone.num_features = 8 * 49
+    return backbone
+
+
+def train_on_two(folder):
+    rank, world = clamp.rank_and_world()
+    torch.save({name: loss_of_share(name, rank, world) for name in SHAPES}, f"{folder}/{rank}.pt")
+    clamp.build_backbone = tiny_backbone
+    for name in SHAPES:
+        peers.main(name, *ONE_STEP, "--out", f"{folder}/{name}")
+
+
+def test_two_processes_have_the_loss_of_one_and_train(tmp_path):
+    spawn(train_on_two, 2, str(tmp_path))
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name in SHAPES:
+        loss, gradient = loss_of_share(name)
+        for share in shares:
+            torch.testing.assert_close(share[name][0], loss)
+        torch.testing.assert_close(torch.cat([share[name][1] for share in shares], 1), gradient)
+        assert (tmp_path / name / "backbone.pt").exists()
+
+
+@pytest.mark.parametrize("name", sorted(peers.METHODS.keys() - {"shuffled_dbn", "byol"}))
+def test_a_peer_trains_and_its_backbone_is_measured(name, tmp_path, monkeypatch):
+    if name != "vicreg":
+        monkeypatch.setattr(clamp, "build_backbone", tiny_backbone)
+    peers.main(name, *ONE_STEP, "--radius-scale", "1e6", "--out", str(tmp_path))
+    log = json.loads((tmp_path / "log.jsonl").read_text())
+    assert math.isfinite(log["loss"]) and log.get("radius", 1e5) > 1e4
+    if name == "vicreg":
+        result = geometry.measure(geometry.parse_args([str(tmp_path)]))
+        assert result["n_test"] == 2000 and (tmp_path / "geometry.json").exists()
+
+
+@pytest.mark.parametrize("name", ["shuffled_dbn", "byol"])
+def test_interrupted_peer_ends_as_the_whole_one_and_another_is_refused(name, tmp_path, monkeypatch):
+    def train(out):
+        peers.main(name, *ONE_STEP, "--epochs", "2", "--out", str(tmp_path / out))
+        return torch.load(tmp_path / out / "checkpoint.pt")
+
+    def interrupted(z, calls=[], loss=peers.METHODS[name]["loss"]):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return loss(z)
+
+    monkeypatch.setattr(clamp, "build_backbone", tiny_backbone)
+    whole = train("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(peers.METHODS, name, peers.METHODS[name] | {"loss": interrupted})
+        train("parts")
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt")["epoch"] == 1
+    parts = train("parts")
+    torch.testing.assert_close(parts["network"], whole["network"], rtol=0, atol=0)
+    with pytest.raises(clamp.UserError, match="method"):
+        peers.main("simclr", *ONE_STEP, "--epochs", "2", "--out", str(tmp_path / "whole"))
+
+
+def test_main_hands_each_methods_parts_to_train(monkeypatch):
+    calls = []
+    monkeypatch.setattr(clamp, "train", lambda *parts: calls.append(parts))
+    for name in ("byol", "byol", "ce_ssl", "no_centring"):
+        peers.main(name, *TINY, "--epochs", "3")
+    (_, loss, byol, plain, data), (_, _, again, _, _), (_, _, heads, pairs, _), packing = calls
+    assert loss.func is peers.byol and len(data[0]) == 64 and byol.steps == 6
+    torch.testing.assert_close(byol.state_dict(), again.state_dict(), rtol=0, atol=0)
+    assert type(plain) is clamp.MultiViewAugment and type(pairs) is peers.PairedAugment
+    assert type(heads.projector) is peers.SideBySide and pairs.blur_kernel == 3
+    assert packing[1].keywords == dict(center=False, radius_scale=7.0, max_reach=1.5)
+    assert packing[3].views == 4 and not any("running_mean" in key for key in
+                                            packing[2].projector.state_dict())
+
+
+def test_momentum_copy_follows_the_papers_schedule():
+    args = clamp.parse_args(["--projector", "8-4"])
+    args.steps = 10
+    network, x = peers.BYOL(args), torch.randn(4, 3, 32, 32)
+    copies, online = [*network.target.parameters()], [*network.backbone.parameters(),
+                                                     *network.projector.parameters()]
+    expected = [p.detach().clone() for p in online]
+    for step in range(3):
+        tau = 1 - (1 - 0.99) * (math.cos(math.pi * step / 10) + 1) / 2
+        expected = [tau * old + (1 - tau) * new.detach() for old, new in zip(expected, online)]
+        network.train()(x).sum().backward()
+        torch.testing.assert_close(copies, expected)
+        assert all(p.grad is None for p in copies) and all(p.grad is not None for p in online)
+        for p in online:
+            p.data += torch.randn_like(p)
+    z = network.eval()(x)
+    torch.testing.assert_close(copies, expected)  # evaluation does not move it
+    torch.testing.assert_close(z[:, 4:], network.target(x))
+    torch.testing.assert_close(z[:, :4], network.predictor(network.projector(network.backbone(x))))
+
+
+def test_networks_return_what_their_losses_take():
+    args = clamp.parse_args(["--projector", "16-8", "--batch-size", "128"])
+    x = torch.randn(6, 3, 32, 32)
+    for name in ("simsiam", "swav", "ce_ssl"):
+        network = peers.METHODS[name]["network"](args)
+        features = network.backbone(x)
+        if name == "simsiam":
+            h = network.projector(features)
+            torch.testing.assert_close((h.mean(0), h.var(0, correction=0)),
+                                       (torch.zeros(8), torch.ones(8)), atol=1e-3, rtol=0)
+            expected = torch.cat([network[2].left(h), h], 1)
+        elif name == "swav":
+            h, prototypes = network.projector(features)[:, None], network[2].weight
+            assert len(prototypes) == 96
+            expected = F.cosine_similarity(h, prototypes[None], dim=2)
+        else:
+            first, second = network.projector.children()
+            assert first[0].weight.shape == second[0].weight.shape == (16, 512)
+            expected = torch.cat([first(features), second(features)], 1)
+        torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_get_the_same_transformations():
+    images = torch.randint(256, (6, 3, 32, 32)).byte()
+    images[1::2] = images[::2]
+    views = peers.PairedAugment(32, 2)(images)
+    assert torch.equal(views[:, ::2], views[:, 1::2])
+    assert not torch.equal(views[0], views[1]) and not torch.equal(views[:, 0], views[:, 2])
+    for k in range(6):  # image k stays at place k
+        images[k] = 40 * k
+    views = peers.PairedAugment(32, 2, jitter_p=0.0)(images)
+    expected = clamp.normalize(images / 255)
+    torch.testing.assert_close(views, torch.stack([expected, expected]), rtol=0, atol=1e-3)
+
+
+def test_changes_of_clamp():
+    z = torch.randn(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = dict(radius_scale=4.0, max_reach=1.3)
+    loss, _ = peers.METHODS["no_centring"]["loss"](z, **options)
+    torch.testing.assert_close(loss, loop_loss(z, center=False, **options)[0])
+    loss, _ = peers.METHODS["no_logarithm"]["loss"](z, **options)
+    torch.testing.assert_close(loss, loop_loss(z, **options)[0].exp() - 1e-6)
+    fixed, free = (z.clone().requires_grad_() for _ in range(2))
+    clamp.packing_loss(fixed, radius_scale=1e6)[0].backward()
+    centers = F.normalize(free - free.mean((0, 1)), dim=2).mean(0)
+    distances = [(centers[i] - centers[j]).norm() for i, j in pairs(7)]
+    (0.5 * sum((1 - r / 1.5).clamp(min=0) ** 2 for r in distances) + 1e-6).log().backward()
+    torch.testing.assert_close(fixed.grad, free.grad)
+
+
+@pytest.mark.parametrize("words, call", [
+    ("'nope' is not one of simclr", lambda: peers.main("nope")),
+    ("--views 3", lambda: peers.vicreg(torch.randn(3, 8, 4))),
+    ("--views 3", lambda: peers.barlow_twins(torch.randn(3, 8, 4))),
+    ("--views 3", lambda: peers.ce_ssl(torch.randn(3, 8, 4))),
+    ("takes a multiple of 8", lambda: peers.w_mse(torch.randn(2, 12, 4))),
+    ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 20, 24))),
+    ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 16, 32))),
+    ("an even number", lambda: peers.PairedAugment(8, 2)(torch.zeros(3, 3, 8, 8))),
+    ("one size", lambda: peers.PairedAugment(8, 2)(torch.zeros(2, 2, 3, 8, 8))),
+])
+def test_what_a_peer_cannot_take_is_said(words, call):
+    with pytest.raises(clamp.UserError, match=words):
+        call()
 
 
 def test_dynamics_are_drawn(tmp_path, monkeypatch):
