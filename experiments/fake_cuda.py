@@ -1,6 +1,6 @@
-"""Run clamp.py's code on CUDA tensors without contents, on a machine without a GPU.
+"""Run clamp.py and eval_linear.py on CUDA tensors without contents, which need no GPU.
 
-It takes private parts of torch and a version that has them all; `MISSING` says what is missing.
+This uses private parts of torch (2.14.1 has them, 2.6 does not). MISSING says what is missing.
 """
 
 import contextlib
@@ -24,60 +24,63 @@ MISSING = "" if hasattr(torch._C, "_ensureCUDADeviceGuardSet") else (
 
 
 class FakeCuda(FakeTensorMode):
-    """While it is on, CUDA tensors have no contents, and CPU tensors are real. Raises if an operation
-    mixes devices or if the shape of its result depends on contents (a mask as an index).
+    """While it is on, CUDA tensors have no contents, and CPU tensors are real. It raises if an
+    operation mixes devices, or if the shape of a result depends on contents (a mask as an index).
 
-    waits: how often each function of this project made the CPU wait for the GPU, by .item(), bool()
-        or a copy between the two that is not non_blocking
+    waits: how often each function of this project made the CPU wait for the GPU, by .item(), by
+        bool(), or by a copy between the two that is not non_blocking
     held, peak: bytes of all CUDA tensors now, and at most so far
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.storages, self.held, self.peak, self.nested = Counter(), set(), 0, 0, False
+        self.waits, self.storages, self.held, self.peak = Counter(), set(), 0, 0
+        self.inside = False  # one of torch's own operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        target = kwargs.get("device") or "cpu"
-        devices = {x.device.type for x in tensors if x.ndim}
-        if FakeTensor not in map(type, tensors) and torch.device(target).type == "cpu":
+        target = torch.device(kwargs.get("device") or "cpu").type
+        if target == "cpu" and not any(isinstance(x, FakeTensor) for x in tensors):
             return func(*args, **kwargs)
-        if self.nested:  # within an operation of torch's
+        if self.inside:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        if func is ATEN._local_scalar_dense.default:
+
+        if func is ATEN._local_scalar_dense.default:  # .item(), float(), bool()
             self.wait()
             return torch.ones((), dtype=args[0].dtype).item()
+        places = {x.device.type for x in tensors}
         if func in (ATEN._to_copy.default, ATEN.copy_.default):
-            places = {x.device.type for x in tensors}
-            if "device" in kwargs:
-                places.add(torch.device(target).type)
+            places |= {target} if kwargs.get("device") else set()
             if len(places) > 1 and not (kwargs.get("non_blocking") or args[2:] == (True,)):
                 self.wait()
-        elif len(devices) > 1:
+        elif len({x.device.type for x in tensors if x.ndim}) > 1:  # numbers may be on the CPU
             raise RuntimeError(f"{func} mixes devices")
-        args, kwargs = tree_map_only(
-            torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else self.from_tensor(x),
-            (args, kwargs))
-        self.nested = True
+
+        def fake(x):
+            return x if isinstance(x, FakeTensor) else self.from_tensor(x)
+
+        args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+        self.inside = True
         try:
             result = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
-            self.nested = False
+            self.inside = False
         for x in tree_leaves(result):
             if isinstance(x, FakeTensor) and x.device.type == "cuda":
-                self.count(x.untyped_storage())
+                self.hold(x.untyped_storage())
         return result
 
-    def __deepcopy__(self, memo):  # with a network
+    def __deepcopy__(self, memo):  # tensors refer to it
         return self
 
     def wait(self):
+        """Count a wait for the innermost function of this project."""
         files = clamp.__file__, eval_linear.__file__
         names = [frame.name for frame in traceback.extract_stack() if frame.filename in files]
         self.waits[["outside", *(name for name in names if name[0] != "<")][-1]] += 1
 
-    def count(self, storage):
+    def hold(self, storage):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.storages:
             self.storages.add(key)
@@ -91,27 +94,26 @@ class FakeCuda(FakeTensorMode):
 
 
 def backward(loss):
-    """loss.backward(), whose engine would ask the driver for a stream. Frees as the engine does."""
-    waiting = {loss.grad_fn: {0: torch.ones_like(loss)}}
-    loss.detach_()
-    while waiting:
-        node = max(waiting, key=lambda node: node._sequence_nr())  # after all that depend on it
-        given = waiting.pop(node)
-        if hasattr(node, "variable"):  # a parameter
-            weight, = [node.variable]
-            weight.grad = given[0] if weight.grad is None else weight.grad + given[0]
+    """In place of loss.backward(), whose engine would ask the driver for a stream."""
+    todo = {loss.grad_fn: {0: torch.ones_like(loss)}}  # gradients that each node has been given
+    while todo:
+        node = max(todo, key=lambda node: node._sequence_nr())  # after all nodes that depend on it
+        given = todo.pop(node)
+        if hasattr(node, "variable"):
+            weight, grad = node.variable, given[0]
+            weight.grad = grad if weight.grad is None else weight.grad + grad
             continue
         given = [given.get(k) for k in range(len(node._input_metadata))]
         with torch.no_grad():
-            grads = getattr(node, "apply", node)(*given)
-            edges = node.next_functions
-            del node, given
-            for (target, k), grad in zip(edges, grads if isinstance(grads, tuple) else [grads]):
+            grads = node(*given)
+            grads = grads if isinstance(grads, tuple) else [grads]
+            del given
+            for (target, k), grad in zip(node.next_functions, grads):
                 if target is not None and grad is not None:
-                    like, sums = target._input_metadata[k], waiting.setdefault(target, {})
+                    like, sums = target._input_metadata[k], todo.setdefault(target, {})
                     grad = grad.sum_to_size(like.shape).to(like.dtype)
                     sums[k] = sums[k] + grad if k in sums else grad
-            del edges, grads, target, grad
+            del grads, grad
 
 
 def with_buckets(network):
@@ -129,7 +131,7 @@ def fake_gpu(world=1, dtype=torch.bfloat16):
 
     changes = {
         torch.cuda.amp.common: dict(amp_definitely_not_available=lambda: False),
-        torch.cuda: dict(is_bf16_supported=lambda: True),
+        torch.cuda: dict(is_available=lambda: False, is_bf16_supported=lambda: True),
         torch.Tensor: dict(backward=backward),
         dist: dict(broadcast_object_list=nothing, all_gather=nothing, all_reduce=nothing),
         nn.parallel: dict(DistributedDataParallel=with_buckets),

@@ -1,12 +1,12 @@
-"""Peak memory of a GPU while clamp.py trains, computed without a GPU.
+"""The peak memory of a GPU while clamp.py trains, computed without a GPU.
 
-    python experiments/memory.py                                       every recipe
-    python experiments/memory.py --recipe imagenet1k --views 8         a run of your own
+    python experiments/memory.py                               every recipe
+    python experiments/memory.py --data photos --size 96       any flags of clamp.py
 
-Two steps of clamp.train run on CUDA tensors without contents, in bf16 unless you say --amp off.
-Counted are weights, gradients, momentum, DDP's buckets, images in memory, views, activations and
-whatever else the code of this project holds. Not counted are what cuDNN and other libraries take
-within an operation, fragmentation, and the CUDA context (together often 1 to 3 GiB).
+Two steps of clamp.train run on CUDA tensors without contents, in bf16 or with --amp off. Counted
+are weights, gradients, momentum, DDP's buckets, images in memory, views, activations and whatever
+else this project's code holds. Not counted are what cuDNN takes within an operation, fragments
+that the allocator cannot use, and the CUDA context, so a real GPU needs more.
 """
 
 import contextlib
@@ -22,15 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import clamp  # noqa: E402
 import fake_cuda  # noqa: E402
 
-RUNS = [("patterns", 1), ("small", 1), ("cifar10-published", 1), ("cifar10-published", 8),
-        ("imagenet100", 1), ("imagenet100", 4), ("imagenet100", 8), ("imagenet1k", 1),
-        ("imagenet1k", 8)]
+RUNS = [(["--recipe", recipe], world) for recipe, worlds in {
+    "patterns": [1], "small": [1], "cifar10-published": [1, 8], "imagenet100": [1, 2, 4, 8],
+    "imagenet1k": [1, 8]}.items() for world in worlds]
 
 
 def peak_gib(args, world):
     """The most GiB that one of `world` GPUs holds in two steps of clamp.train."""
-    if args.batch_size % world:
-        return float("nan")
     share, labels = args.batch_size // world, torch.full([2 * args.batch_size], -1)
 
     def crops(images, batches, *_, **__):
@@ -56,14 +54,13 @@ def peak_gib(args, world):
 def main(flags):
     if fake_cuda.MISSING:
         raise clamp.UserError(fake_cuda.MISSING)
-    print("recipe               GPUs   batch of a GPU   GiB of a GPU")
-    runs = RUNS
-    if flags:
-        runs = [(clamp.parse_args(flags).recipe, world) for world in (1, 2, 4, 8)]
-    for recipe, world in runs:
-        args = clamp.parse_args(flags or ["--recipe", recipe])
-        print(f"{recipe:20} {world:4} {args.batch_size / world:16g} {peak_gib(args, world):14.1f}",
-              flush=True)
+    runs = [(flags, world) for world in (1, 2, 4, 8)] if flags else RUNS
+    print("recipe               GPUs   images of a GPU   GiB of a GPU")
+    for flags, world in runs:
+        args = clamp.parse_args(flags)
+        if args.batch_size % world == 0:
+            print(f"{args.recipe:20} {world:4} {args.batch_size // world:17} "
+                  f"{peak_gib(args, world):14.1f}", flush=True)
 
 
 if __name__ == "__main__":
