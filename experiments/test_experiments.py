@@ -5,12 +5,15 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import benchmark  # noqa: E402
@@ -18,6 +21,7 @@ import clamp  # noqa: E402
 import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
+import sphere  # noqa: E402
 from test_clamp import loop_loss, spawn, tiny_network  # noqa: E402
 
 TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32-16"]
@@ -302,11 +306,10 @@ def test_what_a_peer_cannot_take_is_said(words, call):
         call()
 
 
-def test_dynamics_are_drawn(tmp_path, monkeypatch):
+def test_dynamics_are_drawn(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     keys = "epoch", "radius", "neighbours", "spread", "participation_ratio"
     (tmp_path / "log.jsonl").write_text(json.dumps(dict.fromkeys(keys, 1)) + "\n")
-    monkeypatch.setattr(figures, "HERE", tmp_path)
     figures.dynamics(tmp_path)
     assert (tmp_path / "dynamics.png").exists()
 
@@ -341,14 +344,27 @@ def test_packing_of_classes_takes_as_many_images_as_the_smallest_class_has():
         {k: v.item() for k, v in expected.items()})
 
 
-def test_ten_clouds_are_packed_until_none_overlap():
-    history = figures.pack()
-    points, neighbours = history[-1]
-    assert history[0][1] == 9 and neighbours == 0
-    centers = points.mean(0)
-    radii = 4 * ((points - centers).square().sum((0, 2)) / 49 / 3).sqrt()
-    gaps = torch.cdist(centers, centers) - radii - radii[:, None]
-    assert gaps[~torch.eye(10, dtype=torch.bool)].min() > 0
+def test_a_ball_is_drawn_in_its_place_size_and_colour():
+    views = torch.tensor([[0.3, 0, 1], [-0.3, 0, 1], [0, 0.3, 1], [0, -0.3, 1]])
+    z = torch.stack([views, -views], 1)  # two balls, in front of and behind the middle
+    radius = clamp.packing_loss(z, radius_scale=1.5)[1]["radius"].item()
+    skins = torch.eye(3)[[0, 2], :, None, None].repeat(1, 1, 128, 128)  # red, blue
+    for turn, colour in (0, 0), (math.pi, 2):
+        picture = pil_to_tensor(sphere.draw(z, skins, 1.5, turn, side=280)).int()
+        coloured = picture.amax(0) - picture.amin(0) > 20
+        assert picture[:, 140, 140].argmax() == colour
+        assert coloured[140].sum() == pytest.approx(200 * radius, abs=2)
+
+
+def test_sphere_films_a_tiny_run_and_draws_a_finished_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sphere, "draw", partial(sphere.draw, side=40))
+    sphere.main(flags=[*TINY, "--projector", "32-3"], folder=tmp_path)
+    assert Image.open(tmp_path / "sphere.gif").n_frames == 2 + 20  # the end is held
+    clamp.train(clamp.parse_args([*TINY, "--projector", "32-3", "--out", str(tmp_path / "run")]))
+    sphere.main(str(tmp_path / "run"))
+    assert Image.open(tmp_path / "run" / "sphere.png").size == (2700, 450)
+    with pytest.raises(clamp.UserError, match="a projector of three outputs"):
+        sphere.main(flags=["--projector", "32-4"])
 
 
 def test_benchmark_compares_the_same_loss_and_runs():
