@@ -40,12 +40,13 @@ def draw(z, skins, radius_scale, turn, side=340):
     return Image.fromarray((colour * 255).byte().numpy()).reduce(2)
 
 
-def film(shots, skins, kinds, args, folder):
+def film(shots, skins, kinds, args, folder, shrink=1.0):
     """Shows the packings (title, z) one by one while they turn. Nine also stand in a row."""
     frames, font, row = [], ImageFont.load_default(28), Image.new("RGB", (2700, 450))
     for title, z in shots + 20 * shots[-1:]:  # the last is also shown from behind
         frames.append(Image.new("RGB", (560 if kinds else 340, 450), "white"))
-        frames[-1].paste(draw(z, skins, args.radius_scale, math.pi * len(frames) / 20))
+        turn = math.pi * len(frames) / 20
+        frames[-1].paste(draw(z, skins, shrink * args.radius_scale, turn))
         write = ImageDraw.Draw(frames[-1]).text
         numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
         write((40, 335), "{}\nmean radius {radius:.2f}\nneighbours {neighbours:.1f}".format(
@@ -64,7 +65,7 @@ def film(shots, skins, kinds, args, folder):
 
 
 def main(run=None, flags=(), folder=Path(__file__).parent):
-    args, kinds, shots = clamp.parse_args([*FLAGS, *flags]), {}, []
+    args, kinds, shots, shrink = clamp.parse_args([*FLAGS, *flags]), {}, [], 1.0
     if run:
         folder, saved = Path(run), clamp.load(Path(run, "checkpoint.pt"))
         vars(args).update(saved["settings"])
@@ -89,7 +90,9 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
 
     if run:
         network.load_state_dict(saved["network"])
-        shots = 20 * [(f"epoch {saved['epoch']}", look())]
+        numbers = clamp.packing_loss(look(), args.radius_scale, args.max_reach)[1]
+        shrink = min(1, 0.2 / numbers["radius"].item())  # few epochs leave balls like the sphere
+        shots = 20 * [(f"radii drawn x {shrink:.2g}", look())]
     else:
         grey = skins[:, :1] - skins[:, :1].mean((2, 3), keepdim=True)
         light = (0.75 + 0.2 * grey / grey.std((2, 3), keepdim=True)).clamp(0.2, 1)
@@ -98,7 +101,7 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
         with tempfile.TemporaryDirectory() as args.out:
             clamp.train(args, loss_fn, network)
         shots = [(f"step {k}", z) for k, z in enumerate([*shots, look()]) if z is not None]
-    film(shots, skins, kinds, args, folder)
+    film(shots, skins, kinds, args, folder, shrink)
 
 
 if __name__ == "__main__":
