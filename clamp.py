@@ -444,9 +444,9 @@ def rank_and_world():
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. If
-    every process backpropagates `world` times the loss of it, then DDP's average of their
-    gradients is the gradient that one process would get for the whole batch."""
+    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. So
+    the gradient of the whole batch is the sum of all processes' gradients. DDP takes their mean,
+    so each process has to backpropagate `world` times the loss."""
     rank, world = rank_and_world()
     if world == 1:
         return z
