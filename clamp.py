@@ -194,7 +194,7 @@ class MultiViewAugment:
 
     def crop(self, picture):
         """uint8 [3, H, W] -> uint8 [m, 3, size, size]."""
-        crop = v2.RandomResizedCrop(self.size, self.crop_scale)
+        crop = v2.RandomResizedCrop(self.size, sorted(self.crop_scale))
         return torch.stack([crop(picture) for _ in range(self.views)])
 
     def photometric(self, x, k):

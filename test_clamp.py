@@ -288,7 +288,7 @@ def test_views_equal_torchvision_given_the_same_parameters():
 def test_every_view_of_every_image_is_its_own():
     images = (pictures(5, 32, 32)[[2, 3, 3]] * 255).byte()
     torch.manual_seed(0)
-    views = clamp.MultiViewAugment(24, 5)(images)
+    views = clamp.MultiViewAugment(24, 5, (1, 0.08))(images)
     assert views.shape == (5, 3, 3, 24, 24) and views.dtype == torch.float32
     assert torch.pdist(views.flatten(0, 1).flatten(1)).min() > 0.1
     plain = clamp.MultiViewAugment(32, 2, (1, 1), 0, jitter_p=0, gray_p=0, blur_p=[0])(images)
@@ -406,7 +406,7 @@ def test_streamed_views_come_from_the_right_picture(tmp_path):
     for k, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         Image.new("RGB", (50 + 10 * k, 40), color).save(tmp_path / f"{k}.png")
     images, _ = clamp.load_data(str(tmp_path), "train")
-    augment = clamp.MultiViewAugment(16, 3, jitter_p=0, gray_p=0, blur_p=[0.0])
+    augment = clamp.MultiViewAugment(16, 3, (1, 0.08), jitter_p=0, gray_p=0, blur_p=[0.0])
     batches = torch.tensor([[2, 0], [1, 2]])
     for workers in (0, 2):
         crops = list(clamp.image_batches(images, batches, augment.crop, CPU, workers))

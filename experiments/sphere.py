@@ -43,18 +43,18 @@ def draw(z, skins, radius_scale, turn, side=340):
 def film(shots, skins, kinds, args, folder, shrink=1.0):
     """Shows the packings (title, z) one by one while they turn. Nine also stand in a row."""
     frames, font, row = [], ImageFont.load_default(28), Image.new("RGB", (2700, 450))
+    paper = Image.new("RGB", (560 if kinds else 340, 450), "white")
+    for k, (kind, index) in enumerate(kinds.items()):
+        skin = (skins[index] * 255).byte().permute(1, 2, 0).numpy()
+        paper.paste(Image.fromarray(skin).resize((48, 48)), (380, 25 + 64 * k))
+        ImageDraw.Draw(paper).text((440, 31 + 64 * k), kind, "black", font)
     for title, z in shots + 20 * shots[-1:]:  # the last is also shown from behind
-        frames.append(Image.new("RGB", (560 if kinds else 340, 450), "white"))
+        frames.append(paper.copy())
         turn = math.pi * len(frames) / 20
         frames[-1].paste(draw(z, skins, shrink * args.radius_scale, turn))
-        write = ImageDraw.Draw(frames[-1]).text
         numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
-        write((40, 335), "{}\nmean radius {radius:.2f}\nneighbours {neighbours:.1f}".format(
-            title, **numbers), "black", font, spacing=8)
-        for k, (kind, index) in enumerate(kinds.items()):
-            skin = (skins[index] * 255).byte().permute(1, 2, 0).numpy()
-            frames[-1].paste(Image.fromarray(skin).resize((48, 48)), (380, 25 + 64 * k))
-            write((440, 31 + 64 * k), kind, "black", font)
+        text = "{}\nmean radius {radius:.2f}\nneighbours {neighbours:.1f}".format(title, **numbers)
+        ImageDraw.Draw(frames[-1]).text((40, 335), text, "black", font, spacing=8)
     for k in range(9):
         row.paste(frames[k * (len(shots) - 1) // 8].crop((20, 0, 320, 450)), (300 * k, 0))
     palette = row.reduce(3).quantize(64 if kinds else 256, kmeans=8)
@@ -90,9 +90,10 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
 
     if run:
         network.load_state_dict(saved["network"])
-        numbers = clamp.packing_loss(look(), args.radius_scale, args.max_reach)[1]
-        shrink = min(1, 0.2 / numbers["radius"].item())  # few epochs leave balls like the sphere
-        shots = 20 * [(f"radii drawn x {shrink:.2g}", look())]
+        z = look()
+        numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
+        shrink = min(1, 0.2 / numbers["radius"].item())  # after few epochs balls hide the sphere
+        shots = 20 * [(f"radii drawn x {shrink:.2g}", z)]
     else:
         grey = skins[:, :1] - skins[:, :1].mean((2, 3), keepdim=True)
         light = (0.75 + 0.2 * grey / grey.std((2, 3), keepdim=True)).clamp(0.2, 1)
