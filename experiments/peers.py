@@ -5,19 +5,22 @@
 METHOD is a key of METHODS at the end of this file, which lists what each method brings: a loss, and
 for some a network, an augmentation and flags. A loss takes z [m, b, d], the embeddings of m views
 of the b images of all processes, and returns its value and a dict of numbers to log. The statistics
-that a method takes over the batch are therefore over the images of all processes.
+that a method takes over the batch are therefore over the images of all processes. The numbers
+that a loss takes besides z are flags, too, such as --temperature for simclr.
 
 no_centring and no_logarithm are CLAMP without these parts. Other changes of CLAMP are flags of
 clamp.py: --max-reach 1.0, or --radius-scale 1e6, by which every sum of two radii is at the cap, so
 that only the centres matter.
 """
 
+import argparse
 import copy
 import math
 import sys
 from collections import OrderedDict
 from dataclasses import fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -60,15 +63,15 @@ def barlow_twins(z, weight=0.005):
     return (on_diagonal + weight * off_diagonal) / len(c), {}
 
 
-def vicreg(z):
-    """Variance, invariance and covariance, weighted 25 : 25 : 1 (arXiv 2105.04906)."""
+def vicreg(z, weight=0.04):
+    """Variance, invariance and `weight` times covariance (arXiv 2105.04906)."""
     _, b, d = z.shape
     invariance = F.mse_loss(*two_views(z))
     variance = F.relu(1 - (z.var(1) + 1e-4).sqrt()).mean()
     z = z - z.mean(1, keepdim=True)
     covariance = z.mT @ z / (b - 1)
     off_diagonal = covariance.square().sum() - covariance.diagonal(dim1=1, dim2=2).square().sum()
-    return invariance + variance + off_diagonal / d / 25, {}
+    return invariance + variance + weight * off_diagonal / d, {}
 
 
 def mmcr(z):
@@ -150,9 +153,9 @@ def ce_ssl(z, weight=0.4):
     return sum(loss), {"invariant part": loss[0].detach()}
 
 
-def no_logarithm(z, **options):
+def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
     """CLAMP's energy E itself; its loss is log(E + 1e-6)."""
-    loss, numbers = clamp.packing_loss(z, **options)
+    loss, numbers = clamp.packing_loss(z, radius_scale, max_reach)
     return loss.exp() - 1e-6, numbers
 
 
@@ -260,7 +263,6 @@ class PairedAugment(clamp.MultiViewAugment):
 
 # -------- table of methods
 
-PACKING = dict(options=("radius_scale", "max_reach"), network=clamp.build_network)
 METHODS = {
     "simclr": dict(loss=simclr, flags="--views 2 --projector 2048-256"),
     "barlow_twins": dict(loss=barlow_twins, flags="--views 2 --projector 2048-2048"),
@@ -273,25 +275,32 @@ METHODS = {
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048-128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048-256"),
-    "no_centring": PACKING | dict(loss=partial(clamp.packing_loss, center=False)),
-    "no_logarithm": PACKING | dict(loss=no_logarithm),
+    "no_centring": dict(loss=partial(clamp.packing_loss, center=False),
+                        network=clamp.build_network),
+    "no_logarithm": dict(loss=no_logarithm, network=clamp.build_network),
 }
 
 
 def main(method="", *flags):
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
-    default = dict(options=(), network=build_network, augment=clamp.MultiViewAugment, flags="")
+    default = dict(network=build_network, augment=clamp.MultiViewAugment, flags="")
     parts = default | METHODS[method]
+    numbers = {p.name: p.default for p in signature(parts["loss"]).parameters.values()
+               if type(p.default) in (int, float)}
+    parser = argparse.ArgumentParser("peers.py", add_help=False, allow_abbrev=False)
+    for name in numbers.keys() - vars(clamp.parse_args([])).keys():
+        parser.add_argument(f"--{name}", type=type(numbers[name]), default=numbers[name])
+    own, flags = parser.parse_known_args(flags)
     args = clamp.parse_args([*parts["flags"].split(), *flags])
-    args.method = method  # so that no other method continues the run
+    vars(args).update(vars(own), method=method)  # saved, so that nothing else continues the run
     clamp.start_processes(args)  # before load_data, by which one process downloads for all
     data = clamp.load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
     args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
     network = parts["network"](args)
     augment = parts["augment"](**{f.name: getattr(args, f.name) for f in fields(parts["augment"])})
-    loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in parts["options"]})
+    loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
     clamp.train(args, loss_fn, network, augment, data)
 
 

@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -186,11 +186,12 @@ def test_interrupted_peer_ends_as_the_whole_one_and_another_is_refused(name, tmp
         peers.main(name, *ONE_STEP, "--epochs", "2", "--out", str(tmp_path / out))
         return torch.load(tmp_path / out / "checkpoint.pt")
 
-    def interrupted(z, calls=[], loss=peers.METHODS[name]["loss"]):
+    @wraps(peers.METHODS[name]["loss"])
+    def interrupted(z, calls=[], loss=peers.METHODS[name]["loss"], **numbers):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return loss(z)
+        return loss(z, **numbers)
 
     monkeypatch.setattr(clamp, "build_backbone", tiny_backbone)
     whole = train("whole")
@@ -209,7 +210,9 @@ def test_main_hands_each_methods_parts_to_train(monkeypatch):
     monkeypatch.setattr(clamp, "train", lambda *parts: calls.append(parts))
     for name in ("byol", "byol", "ce_ssl", "no_centring"):
         peers.main(name, *TINY, "--epochs", "3")
-    (_, loss, byol, plain, data), (_, _, again, _, _), (_, _, heads, pairs, _), packing = calls
+    peers.main("swav", "--rounds", "4", *TINY, "--epsilon", "0.05")
+    (_, loss, byol, plain, data), (_, _, again, _, _), (_, _, heads, pairs, _), packing, own = calls
+    assert own[1].keywords == dict(temperature=0.1, epsilon=0.05, rounds=4) and own[0].rounds == 4
     assert loss.func is peers.byol and len(data[0]) == 64 and byol.steps == 6
     torch.testing.assert_close(byol.state_dict(), again.state_dict(), rtol=0, atol=0)
     assert type(plain) is clamp.MultiViewAugment and type(pairs) is peers.PairedAugment
