@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torchvision.datasets import folder
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -217,6 +218,19 @@ class MultiViewAugment:
 
 # -------- network and optimiser
 
+class Conv2d(nn.Conv2d):
+    """A convolution that multiplies matrices if the kernel fits into the padded map only once, as in
+    layer4 at 32 px. The taps on the padding are left out. This makes a training step 1.3 times as
+    fast on a CPU."""
+
+    def forward(self, x):
+        (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
+        if max(h, w) + 2 * p - k >= self.stride[0]:  # it fits more often
+            return super().forward(x)
+        taps = self.weight[:, :, p:p + h, p:p + w].flatten(1)
+        return F.linear(x[:, :, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
+
+
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
     "cifar" is the release's for 32 px. zero_init: residual branches start from zero."""
@@ -226,6 +240,9 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
     if stem == "cifar":
         backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 32 -> 34 px
         backbone.maxpool = nn.Identity()
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = Conv2d
     return backbone
 
 
@@ -233,10 +250,7 @@ def build_network(args):
     """Backbone and projector (Linear-ReLU-...-Linear), which is dropped after training."""
     network = nn.Sequential()
     network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
-    widths, layers = [network.backbone.num_features, *args.projector], []
-    for before, after in zip(widths, widths[1:]):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    network.projector = nn.Sequential(*layers[:-1])
+    network.projector = torchvision.ops.MLP(network.backbone.num_features, args.projector)
     return network
 
 
@@ -314,7 +328,7 @@ def draw_patterns(n, seed):
     return (images.clamp(0, 1) * 255).byte()[:, None].repeat(1, 3, 1, 1), labels
 
 
-def load_data(name, split, limit=None, seed=0, skip_broken=False):
+def load_data(name, split, limit=None, seed=0):
     """Images and labels of the "train" or "test" split of one of DATASETS or of a folder, which has
     train/<class>/ and test/<class>/ or val/<class>/, or just pictures without labels. limit: keep
     this many images, chosen at random. Raises UserError if there is nothing to read."""
@@ -328,7 +342,7 @@ def load_data(name, split, limit=None, seed=0, skip_broken=False):
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
         images = images[kept] if torch.is_tensor(images) else [images[k] for k in kept]
         labels = labels[kept]
-    return images if torch.is_tensor(images) else read_pictures(images, skip_broken), labels
+    return images if torch.is_tensor(images) else read_pictures(images), labels
 
 
 def download(name, split):
@@ -362,30 +376,23 @@ def list_pictures(path, split):
 
 @dataclass
 class PictureFiles:
-    """images[k] decodes the k-th file to uint8 [3, H, W]. A broken file raises UserError. With
-    skip_broken it gives a warning, and the next file takes its place."""
+    """images[k] decodes the k-th file to uint8 [3, H, W], or raises UserError."""
     files: list
-    skip_broken: bool = False
 
     def __getitem__(self, k):
-        for i in range(k, k + len(self.files)):
-            file = self.files[i % len(self.files)]
-            try:
-                return v2.functional.pil_to_tensor(folder.default_loader(file))
-            except Exception as error:  # Pillow raises many types
-                if not self.skip_broken:
-                    raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
-                tqdm.write(f"{file}: cannot be decoded; the next takes its place", sys.stderr)
-        raise UserError(f"none of {len(self.files)} pictures such as {file} can be decoded")
+        try:
+            return v2.functional.pil_to_tensor(folder.default_loader(self.files[k]))
+        except Exception as error:  # Pillow raises many types
+            raise UserError(f"{self.files[k]}: cannot be decoded ({error}); remove it") from None
 
     def crops(self, rows, crop):
         return torch.stack([crop(self[k]) for k in rows])
 
 
-def read_pictures(files, skip_broken):
+def read_pictures(files):
     """One tensor if all pictures have one size, at most 256 px, and fit into 4 GB. Otherwise
     PictureFiles."""
-    pictures, images = PictureFiles(files, skip_broken), []
+    pictures, images = PictureFiles(files), []
     for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
         images.append(pictures[k])
         size, first = images[k].shape, images[0]
@@ -444,16 +451,9 @@ def rank_and_world():
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. So
-    the gradient of the whole batch is the sum of all processes' gradients. DDP takes their mean,
-    so each process has to backpropagate `world` times the loss."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[rank] = z
-    return torch.cat(parts, 1)
+    """z [m, b, d] of each process -> [m, world * b, d]. The gradient is that of one process on the
+    whole batch: all_gather adds the gradients of all processes' equal losses, and DDP averages."""
+    return torch.cat(all_gather(z), 1) if rank_and_world()[1] > 1 else z
 
 
 def start_processes(args):
@@ -526,7 +526,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         dist.broadcast_object_list(checkpoint, device=device)
     checkpoint, = checkpoint
     start, log = checkpoint["epoch"], checkpoint["log"]
-    images, labels = data or load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
+    images, labels = data or load_data(args.data, "train", args.limit, args.seed)
     n, steps = len(labels), len(labels) // args.batch_size
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
@@ -572,7 +572,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             optimizer.param_groups[0]["lr"] = lr
             loss, numbers = loss_fn(gather(embed(model, views, dtype)))
             optimizer.zero_grad()
-            scaler.scale(world * loss).backward()  # see gather()
+            scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             bar.update()

@@ -295,7 +295,7 @@ def main(method="", *flags):
     args = clamp.parse_args([*parts["flags"].split(), *flags])
     vars(args).update(vars(own), method=method)  # saved, so that nothing else continues the run
     clamp.start_processes(args)  # before load_data, by which one process downloads for all
-    data = clamp.load_data(args.data, "train", args.limit, args.seed, skip_broken=True)
+    data = clamp.load_data(args.data, "train", args.limit, args.seed)
     args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
     network = parts["network"](args)
