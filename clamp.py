@@ -219,16 +219,16 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """A convolution that multiplies matrices if the kernel fits into the padded map only once, as in
-    layer4 at 32 px. The taps on the padding are left out. This makes a training step 1.3 times as
-    fast on a CPU."""
+    """Multiplies matrices if the kernel fits into the padded map only once, as in layer4 at 32 px.
+    It leaves out the taps on the padding, so a training step is 1.3 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         if max(h, w) + 2 * p - k >= self.stride[0]:  # it fits more often
             return super().forward(x)
-        taps = self.weight[:, :, p:p + h, p:p + w].flatten(1)
-        return F.linear(x[:, :, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # as memory holds them
+        taps = weight[:, p:p + h, p:p + w].flatten(1)
+        return F.linear(x[:, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
 
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
