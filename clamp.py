@@ -30,7 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torchvision.datasets import folder
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -44,7 +43,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         Z_i, L_i = mean and covariance of image i's views on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
         E = 1/2 sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
-        loss = log(E)
+        loss = log(E + 1e-6)
 
     As in the release, centres closer than 1e-3 do not repel each other.
     z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
@@ -63,7 +62,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
         radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
-        exact = centers.double()  # in float32 the distances would err by up to 1e-3
+        exact = centers.double()  # in float32 cdist errs by up to 1e-3
         distance = torch.cdist(exact, exact).to(z.dtype)
         reach = (radii[:, None] + radii).clamp(max=max_reach)
         repel = (distance > 1e-3) & (distance < reach)  # false if i = j
@@ -88,7 +87,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 # -------- augmentation
 # The operators take pictures [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], for
 # which 0 changes nothing. They agree with torchvision's, which take one parameter for all pictures.
-# Constants stay Python numbers, because the CPU would wait for a copy to a GPU.
+# Constants are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -166,16 +165,14 @@ def gaussian_blur(x, sigma, kernel):
 
 
 def normalize(x):
-    """(x - MEAN) / STD in Python numbers."""
     return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
 
 
 @dataclass
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, in
-    the steps of SimCLR and BYOL. blur_p and solarize_p hold one probability for all views, or
-    several that are used in turn. Pictures that are too large to be kept in memory arrive as
-    crops [b, m, 3, size, size], which crop() has made in a loader worker."""
+    the steps of SimCLR and BYOL. Several blur_p or solarize_p are used by the views in turn. Images
+    may also be crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
     crop_scale: tuple = (0.08, 1.0)  # part of the picture's area
@@ -219,14 +216,14 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """Multiplies matrices if the kernel fits into the padded map only once, as in layer4 at 32 px.
-    It leaves out the taps on the padding, so a training step is 1.3 times as fast on a CPU."""
+    """A matrix product if the output is 1 x 1, as in layer4 at 32 px with the ImageNet stem. It has
+    no taps on the padding, so a training step is 1.3 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
-        if max(h, w) + 2 * p - k >= self.stride[0]:  # it fits more often
+        if max(h, w) + 2 * p - k >= self.stride[0]:  # the output is larger
             return super().forward(x)
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # as memory holds them
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last: no copy
         taps = weight[:, p:p + h, p:p + w].flatten(1)
         return F.linear(x[:, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
 
@@ -241,8 +238,8 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
         backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 32 -> 34 px
         backbone.maxpool = nn.Identity()
     for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = Conv2d
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            module.__class__ = Conv2d  # the weights and their names stay
     return backbone
 
 
@@ -378,15 +375,14 @@ def list_pictures(path, split):
 class PictureFiles:
     """images[k] decodes the k-th file to uint8 [3, H, W], or raises UserError."""
     files: list
+    transform: object = None
 
     def __getitem__(self, k):
         try:
-            return v2.functional.pil_to_tensor(folder.default_loader(self.files[k]))
+            picture = v2.functional.pil_to_tensor(folder.default_loader(self.files[k]))
         except Exception as error:  # Pillow raises many types
             raise UserError(f"{self.files[k]}: cannot be decoded ({error}); remove it") from None
-
-    def crops(self, rows, crop):
-        return torch.stack([crop(self[k]) for k in rows])
+        return self.transform(picture) if self.transform else picture
 
 
 def read_pictures(files):
@@ -401,17 +397,16 @@ def read_pictures(files):
     return torch.stack(images)
 
 
-def image_batches(images, batches, crop, device, workers=0):
-    """Yield the images in each row of `batches`, indices [steps, b]. For PictureFiles, yield the
-    crops that crop() makes in loader workers."""
+def image_batches(images, batches, transform, device, workers=0):
+    """Yield the images of each row of indices in `batches`. PictureFiles are decoded and
+    transformed by `workers` processes, a tensor is not transformed."""
     if torch.is_tensor(images):
         yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
         return
-    # The loader's items are rows of indices, and its workers call collate_fn on one row at a time.
     loader = torch.utils.data.DataLoader(
-        [rows.tolist() for rows in batches], batch_size=None, num_workers=workers,
-        collate_fn=partial(images.crops, crop=crop), pin_memory=device.type == "cuda")
-    yield from (crops.to(device, non_blocking=True) for crops in loader)
+        PictureFiles(images.files, transform), batch_sampler=[rows.tolist() for rows in batches],
+        num_workers=workers, pin_memory=device.type == "cuda")
+    yield from (pictures.to(device, non_blocking=True) for pictures in loader)
 
 
 # -------- read-out and processes
@@ -451,9 +446,15 @@ def rank_and_world():
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d]. The gradient is that of one process on the
-    whole batch: all_gather adds the gradients of all processes' equal losses, and DDP averages."""
-    return torch.cat(all_gather(z), 1) if rank_and_world()[1] > 1 else z
+    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. So
+    the gradient of the whole batch is the sum of all processes' gradients. DDP takes their mean,
+    so each process has to backpropagate `world` times the loss."""
+    rank, world = rank_and_world()
+    parts = [torch.empty_like(z) for _ in range(world)]
+    if world > 1:
+        dist.all_gather(parts, z.detach().contiguous())
+    parts[rank] = z
+    return torch.cat(parts, 1)
 
 
 def start_processes(args):
@@ -468,7 +469,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # for data
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # download
                                 device_id=device if cuda else None)
     amp = args.amp
     if amp == "auto" and cuda:
@@ -548,8 +549,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # {} without fp16
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"])
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -572,7 +572,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             optimizer.param_groups[0]["lr"] = lr
             loss, numbers = loss_fn(gather(embed(model, views, dtype)))
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(world * loss).backward()  # see gather()
             scaler.step(optimizer)
             scaler.update()
             bar.update()
@@ -606,7 +606,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             "scaler": scaler.state_dict()})
     bar.close()
     if rank == 0:
-        print(f"finished; next: python eval_linear.py {out}")
+        print("finished" + f"; next: python eval_linear.py {out}" * bool(len(labelled)))
 
 
 # -------- settings

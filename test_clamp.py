@@ -165,7 +165,7 @@ def loss_of_share(folder):
         ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         x = embeddings(3, 12, 6)[:, rank * 12 // world:(rank + 1) * 12 // world]
         loss, _ = loss_fn(clamp.gather(ddp(x)))
-        loss.backward()
+        (world * loss).backward()
         results += [loss.detach(), model.weight.grad]
         del ddp
     torch.save(results, f"{folder}/loss-{world}-{rank}.pt")

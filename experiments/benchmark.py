@@ -122,9 +122,13 @@ def training_step(args, device, repeats=5):
             return sorted(b - a for a, b in zip(stamps[2:], stamps[3:]))[repeats // 2]
 
 
-def network_step(args, device):
-    """A function: forward and backward of backbone and projector alone on a batch at hand."""
+def network_step(args, device, plain=False):
+    """A function: forward and backward of backbone and projector alone on a batch at hand. plain:
+    with torch's own convolutions."""
     network = clamp.build_network(args).to(device, memory_format=torch.channels_last)
+    for module in network.modules():
+        if plain and isinstance(module, torch.nn.Conv2d):
+            module.__class__ = torch.nn.Conv2d
     views = torch.randn(args.views, args.batch_size, 3, args.size, args.size, device=device)
     _, dtype = clamp.start_processes(args)
     return lambda: clamp.embed(network, views, dtype).square().sum().backward()
@@ -157,10 +161,12 @@ def benchmark(quick=False):
         batch = 4 if quick else 512 if device.type == "cuda" else 32
         args = clamp.parse_args(["--recipe", "cifar10-published", "--data", "patterns", "--stem",
                                  stem, "--views", str(views), "--batch-size", str(batch)])
-        network, whole = seconds(network_step(args, device), device), training_step(args, device)
+        network, plain = (seconds(network_step(args, device, x), device) for x in (False, True))
+        whole = training_step(args, device)
         print(f"training step, ResNet-18, {stem} stem, {views} views of {batch} images: "
               f"{1e3 * whole:.0f} ms, forward and backward of the network alone "
-              f"{1e3 * network:.0f} ms: {whole / network:.2f} times as long")
+              f"{1e3 * network:.0f} ms: {whole / network:.2f} times as long; with torch's own "
+              f"convolutions {1e3 * plain:.0f} ms")
 
     n, size = (8, 32) if quick else (96, 224)
     with tempfile.TemporaryDirectory() as folder:
