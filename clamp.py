@@ -271,10 +271,11 @@ class LARS(torch.optim.SGD):
     def step(self):
         weights = [p for p in self.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
-        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
+        if self.eta:
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
+            ratio = self.eta * w_norm / (g_norm + self.decay * w_norm + 1e-8)
         torch._foreach_add_(grads, weights, alpha=self.decay)
         if self.eta:
-            ratio = self.eta * w_norm / (g_norm + self.decay * w_norm + 1e-8)
             torch._foreach_mul_(grads, ratio.where((w_norm > 0) & (g_norm > 0), 1).unbind())
         super().step()
 
@@ -446,9 +447,8 @@ def rank_and_world():
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part. So
-    the gradient of the whole batch is the sum of all processes' gradients. DDP takes their mean,
-    so each process has to backpropagate `world` times the loss."""
+    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
+    DDP averages the gradients instead of adding them, so backpropagate `world` times the loss."""
     rank, world = rank_and_world()
     parts = [torch.empty_like(z) for _ in range(world)]
     if world > 1:
