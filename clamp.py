@@ -85,8 +85,8 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# The operators take pictures [n, 3, h, w] in 0..1 and one parameter a picture, [n, 1, 1, 1], for
-# which 0 changes nothing. They agree with torchvision's, which take one parameter for all pictures.
+# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and one parameter a picture,
+# [n, 1, 1, 1]; 0 changes nothing. They agree with torchvision's, which take one for all pictures.
 # Constants are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -216,15 +216,15 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """A matrix product if the output is 1 x 1, as in layer4 at 32 px with the ImageNet stem. It has
-    no taps on the padding, so a training step is 1.3 times as fast on a CPU."""
+    """A matrix product if the output is 1 x 1, as in layer4 at 32 px with the ImageNet stem. It
+    skips the taps that meet padding, so a training step is 1.3 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         if max(h, w) + 2 * p - k >= self.stride[0]:  # the output is larger
             return super().forward(x)
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last: no copy
-        taps = weight[:, p:p + h, p:p + w].flatten(1)
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
+        taps = weight[:, p:p + h, p:p + w].flatten(1)  # pixel i meets tap p + i
         return F.linear(x[:, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
 
 
@@ -261,7 +261,7 @@ def embed(network, x, dtype):
 class LARS(torch.optim.SGD):
     """SGD with momentum that replaces the gradient g of each weight tensor w by
     eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the first
-    factor if eta is 0. Biases and batch norm keep their gradients."""
+    factor if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
 
     def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
         super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
@@ -288,8 +288,8 @@ def lr_scale(step, warmup, total):
 
 
 # -------- data
-# Images are a uint8 tensor [n, 3, H, W], or PictureFiles if they are too large for that. Labels are
-# int64 [n], and -1 if unknown. Training uses them for its k-NN read-out only.
+# Images are a uint8 tensor [n, 3, H, W], or PictureFiles (see read_pictures). Labels are int64 [n],
+# and -1 if unknown. Training uses them for its k-NN read-out only.
 DATASETS = "patterns", "cifar10", "cifar100"
 
 
@@ -365,7 +365,7 @@ def list_pictures(path, split):
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all of root
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # root itself
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
@@ -392,15 +392,15 @@ def read_pictures(files):
     pictures, images = PictureFiles(files), []
     for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
         images.append(pictures[k])
-        size, first = images[k].shape, images[0]
-        if size != first.shape or max(size) > 256 or first.numel() * len(files) > 2**32:
+        size, first = images[k].shape, images[0].shape
+        if size != first or max(size) > 256 or first.numel() * len(files) > 2**32:
             return pictures
     return torch.stack(images)
 
 
 def image_batches(images, batches, transform, device, workers=0):
-    """Yield the images of each row of indices in `batches`. PictureFiles are decoded and
-    transformed by `workers` processes, a tensor is not transformed."""
+    """Yield the images of each row of indices in `batches`. `workers` processes decode and
+    transform PictureFiles. A tensor is only indexed."""
     if torch.is_tensor(images):
         yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
         return
@@ -549,7 +549,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
