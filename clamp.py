@@ -86,7 +86,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 # -------- augmentation
 # brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and one parameter a picture,
-# [n, 1, 1, 1]; 0 changes nothing. They agree with torchvision's, which take one for all pictures.
+# [n, 1, 1, 1]. 0 changes nothing. torchvision's do the same with one parameter for all pictures.
 # Constants are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -221,10 +221,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
-        if max(h, w) + 2 * p - k >= self.stride[0]:  # the output is larger
+        if max(h, w) + 2 * p - k >= self.stride[0]:  # the output is larger than 1 x 1
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
-        taps = weight[:, p:p + h, p:p + w].flatten(1)  # pixel i meets tap p + i
+        taps = weight[:, p:p + h, p:p + w].flatten(1)  # tap p + i lies on pixel i
         return F.linear(x[:, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
 
 
@@ -365,7 +365,7 @@ def list_pictures(path, split):
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # root itself
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # root, unlabelled
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
@@ -387,8 +387,7 @@ class PictureFiles:
 
 
 def read_pictures(files):
-    """One tensor if all pictures have one size, at most 256 px, and fit into 4 GB. Otherwise
-    PictureFiles."""
+    """One tensor if all have one size, up to 256 px, and fit into 4 GB, otherwise PictureFiles."""
     pictures, images = PictureFiles(files), []
     for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
         images.append(pictures[k])
@@ -450,9 +449,10 @@ def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
     DDP averages the gradients instead of adding them, so backpropagate `world` times the loss."""
     rank, world = rank_and_world()
+    if world == 1:
+        return z
     parts = [torch.empty_like(z) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(parts, z.detach().contiguous())
+    dist.all_gather(parts, z.detach().contiguous())
     parts[rank] = z
     return torch.cat(parts, 1)
 

@@ -64,7 +64,7 @@ def barlow_twins(z, weight=0.005):
 
 
 def vicreg(z, weight=0.04):
-    """Variance, invariance and `weight` times covariance (arXiv 2105.04906)."""
+    """The terms variance + invariance + weight * covariance (arXiv 2105.04906)."""
     _, b, d = z.shape
     invariance = F.mse_loss(*two_views(z))
     variance = F.relu(1 - (z.var(1) + 1e-4).sqrt()).mean()
@@ -293,7 +293,7 @@ def main(method="", *flags):
         parser.add_argument(f"--{name}", type=type(numbers[name]), default=numbers[name])
     own, flags = parser.parse_known_args(flags)
     args = clamp.parse_args([*parts["flags"].split(), *flags])
-    vars(args).update(vars(own), method=method)  # saved, so that nothing else continues the run
+    vars(args).update(vars(own), method=method)  # other settings do not continue the run
     clamp.start_processes(args)  # before load_data, by which one process downloads for all
     data = clamp.load_data(args.data, "train", args.limit, args.seed)
     args.steps = args.epochs * (len(data[1]) // args.batch_size)

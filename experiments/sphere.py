@@ -92,7 +92,7 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
         network.load_state_dict(saved["network"])
         z = look()
         numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
-        shrink = min(1, 0.2 / numbers["radius"].item())  # after few epochs balls hide the sphere
+        shrink = min(1, 0.2 / numbers["radius"].item())  # wide balls would hide the sphere
         shots = 20 * [(f"radii drawn x {shrink:.2g}", z)]
     else:
         grey = skins[:, :1] - skins[:, :1].mean((2, 3), keepdim=True)
