@@ -216,16 +216,18 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """A matrix product if the output is 1 x 1, as in layer4 at 32 px with the ImageNet stem. It
-    skips the taps that meet padding, so a training step is 1.3 times as fast on a CPU."""
+    """A matrix product on maps up to 2 x 2, such as those of layer3 and layer4 at 32 px. It skips
+    the taps that meet padding, so a training step is 1.4 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
-        if max(h, w) + 2 * p - k >= self.stride[0]:  # the output is larger than 1 x 1
+        tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
+        if max(tops[-1], lefts[-1]) > p:  # there, it misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
-        taps = weight[:, p:p + h, p:p + w].flatten(1)  # tap p + i lies on pixel i
-        return F.linear(x[:, :k - p, :k - p].flatten(1), taps)[:, :, None, None]
+        taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
+        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(taps).flatten(1))  # seen pixels
+        return y.view(len(x), len(tops), len(lefts), -1).permute(0, 3, 1, 2)
 
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
@@ -424,9 +426,9 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # crop() does nothing to batches of PictureFiles, which loader workers have cropped
+    # loader workers have cropped PictureFiles; crop() does nothing to them
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # joined on the GPU, they would take twice the memory
+    return torch.cat(parts).to(device)  # a cat on the GPU takes twice the memory
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
@@ -458,7 +460,7 @@ def gather(z):
 
 
 def start_processes(args):
-    """Join torchrun's other processes. Returns this process's device and autocast dtype."""
+    """Join torchrun's processes. Returns this one's device and autocast dtype."""
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
@@ -471,24 +473,22 @@ def start_processes(args):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # download
                                 device_id=device if cuda else None)
-    amp = args.amp
-    if amp == "auto" and cuda:
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":
-        amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
+            else torch.cpu._is_avx512_bf16_supported())
+    amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if cuda else "off"
     return device, dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
 
 
 # -------- training
 
 def save(path, content):
-    """Write a file whole or not at all: the old file stays if the process is killed meanwhile."""
+    """Write a file whole or not at all, even if the process is killed meanwhile."""
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def load(path):
-    """Load to the CPU what save() wrote. Runs no code from the file. Raises many errors."""
+    """Load to the CPU what save() wrote. Runs no code from the file."""
     if zipfile.ZipFile(path).testzip():
         raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -541,7 +541,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
                                              for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own images
+    if device.type == "cuda" and world > 1:  # on CPUs each normalises its own
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = LARS(network.parameters(), args.lr, args.eta, args.weight_decay)
@@ -616,7 +616,7 @@ IMAGENET = dict(  # published
     arch="resnet50", stem="imagenet", projector="8192-8192-512", size=224, radius_scale=8.5,
     views=4, batch_size=512, jitter=[0.4, 0.4, 0.2, 0.1], blur_kernel=23, blur_p=[1.0, 0.1],
     solarize_p=[0.0, 0.2])
-SMALL = dict(  # ours: about an hour on two CPU cores
+SMALL = dict(  # ours: an hour on two CPU cores
     data="cifar10", stem="imagenet", zero_init=True, max_reach=1.2, views=2, epochs=30,
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
 RECIPES = {
@@ -706,7 +706,7 @@ def command_line(main):
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a loader worker adds its traceback
+        message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory; lower --batch-size, --views or --size"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
