@@ -311,7 +311,7 @@ def test_backbone_has_torchvisions_keys_outputs_and_gradients(arch, features, st
         backbone.avgpool, theirs.fc = theirs.avgpool, nn.Identity()
         theirs.load_state_dict(backbone.state_dict())
         for size in ((32, 32), (40, 16), (16, 40)):  # layer3: maps of 2 x 2, 3 x 1 and 1 x 3
-            x = torch.randn(3, 3, *size, dtype=torch.float64)
+            x = torch.randn(8, 3, *size, dtype=torch.float64)
             ours, expected = (network.double().train()(x) for network in (backbone, theirs))
             (ours.square().sum() - expected.square().sum()).backward()
             torch.testing.assert_close(ours, expected)
