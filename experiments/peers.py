@@ -2,22 +2,19 @@
 
     python experiments/peers.py METHOD [any flag of clamp.py]
 
-METHOD is a key of METHODS at the end of this file, which lists what each method brings: a loss, and
-for some a network, an augmentation and flags. A loss takes z [m, b, d], the embeddings of m views
-of the b images of all processes, and returns its value and a dict of numbers to log. The statistics
-that a method takes over the batch are therefore over the images of all processes. The numbers
-that a loss takes besides z are flags, too, such as --temperature for simclr.
+METHODS, at the end of this file, lists what each method brings: a loss, and for some a network, an
+augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
+processes, and returns its value and a dict of numbers to log. Its other arguments are flags, too,
+such as --temperature for simclr.
 
-no_centring and no_logarithm are CLAMP without these parts. Other changes of CLAMP are flags of
-clamp.py: --max-reach 1.0, or --radius-scale 1e6, by which every sum of two radii is at the cap, so
-that only the centres matter.
+no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
+two radii is at the cap, so that only the centres matter.
 """
 
 import argparse
 import copy
 import math
 import sys
-from collections import OrderedDict
 from dataclasses import fields
 from functools import partial
 from inspect import signature
@@ -27,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import MLP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import clamp  # noqa: E402
@@ -161,19 +159,15 @@ def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
 
 # -------- networks
 
-def mlp(*widths):
-    """Linear-BatchNorm-ReLU-...-Linear."""
-    layers = []
-    for a, b in zip(widths, widths[1:]):
-        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-    return nn.Sequential(*layers[:-2])
+# mlp(n, widths): Linear-BatchNorm-ReLU-...-Linear
+mlp = partial(MLP, norm_layer=nn.BatchNorm1d, bias=False)
 
 
 def build_network(args):
     """Backbone and projector with batch norm: pictures [n, 3, size, size] -> [n, d]."""
-    backbone = clamp.build_backbone(args.arch, args.stem, args.zero_init)
-    projector = mlp(backbone.num_features, *args.projector)
-    return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+    network = clamp.build_network(args)
+    network.projector = mlp(network.backbone.num_features, args.projector)
+    return network
 
 
 class SideBySide(nn.Module):
@@ -191,34 +185,29 @@ def build_simsiam(args):
     """Pictures -> prediction and projection. The predictor has a bottleneck of d / 4."""
     network, d = build_network(args), args.projector[-1]
     network.projector.append(nn.BatchNorm1d(d, affine=False))
-    return network.append(SideBySide(mlp(d, d // 4, d), nn.Identity()))
+    return network.append(SideBySide(mlp(d, [d // 4, d]), nn.Identity()))
 
 
 class BYOL(nn.Module):
-    """Pictures -> prediction, and projection by a momentum copy of backbone and projector. In
-    training the copy moves at each step, ever slower: it keeps the share 0.99 at first, then
-    1 - 0.01 (1 + cos(pi step / args.steps)) / 2."""
+    """Pictures -> prediction, and projection by a momentum copy of backbone and projector. At each
+    training step the copy keeps the share 1 - 0.01 (1 + cos(pi step / args.steps)) / 2."""
 
     def __init__(self, args, momentum=0.99):
         super().__init__()
         online, d = build_network(args), args.projector[-1]
         self.backbone, self.projector = online
-        self.predictor = mlp(d, *args.projector)
+        self.predictor = mlp(d, args.projector)
         self.target = copy.deepcopy(online).requires_grad_(False)
         self.momentum, self.steps = momentum, args.steps
         self.register_buffer("step", torch.zeros(()))
 
-    @torch.no_grad()
-    def move_target(self):
-        share = (1 - self.momentum) * (1 + torch.cos(math.pi * self.step / self.steps)) / 2
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        for old, new in zip(self.target.parameters(), online):
-            old.lerp_(new, share)
-        self.step += 1
-
     def forward(self, x):
         if self.training:  # the optimiser has moved the weights since the last step
-            self.move_target()
+            share = (1 - self.momentum) * (1 + torch.cos(math.pi * self.step / self.steps)) / 2
+            online = [*self.backbone.parameters(), *self.projector.parameters()]
+            for old, new in zip(self.target.parameters(), online):
+                old.lerp_(new.detach(), share)
+            self.step += 1
         prediction = self.predictor(self.projector(self.backbone(x)))
         return torch.cat([prediction, self.target(x)], 1)
 
@@ -241,7 +230,7 @@ def build_swav(args):
 def build_ce_ssl(args):
     """Pictures -> invariant and equivariant embedding, by a projector each."""
     network = build_network(args)
-    second = mlp(network.backbone.num_features, *args.projector)
+    second = mlp(network.backbone.num_features, args.projector)
     network.projector = SideBySide(network.projector, second)
     return network
 
