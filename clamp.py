@@ -1,8 +1,8 @@
 """CLAMP: contrastive self-supervised learning as neural manifold packing (arXiv 2506.13717).
 
 The augmented views of an image form a small cloud on the unit sphere. Each cloud is wrapped in an
-ellipsoid, ellipsoids that overlap repel each other, and the energy of this packing trains a ResNet
-without labels.
+ellipsoid, which the loss takes as a ball. Balls that overlap repel each other, and the energy of
+this packing trains a ResNet without labels.
 
     torchrun clamp.py                      minutes on a laptop, nothing to download
     torchrun clamp.py --data cifar10       about an hour on two CPU cores
@@ -38,7 +38,8 @@ from tqdm import tqdm
 # -------- packing loss
 
 def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
-    """The logarithm of the packing's energy (arXiv 2506.13717, constants of the release):
+    """The logarithm of the packing's energy (arXiv 2506.13717, constants of the release).
+    z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
 
         Z_i, L_i = mean and covariance of image i's views on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
@@ -46,7 +47,6 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         loss = log(E + 1e-6)
 
     As in the release, centres closer than 1e-3 do not repel each other.
-    z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
     center: subtract the mean of all embeddings before they are projected onto the sphere.
 
     Returns the loss and a dict of detached numbers that describe the packing."""
@@ -76,7 +76,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
             variance = covariance.trace()
             geometry = {
                 "radius": radii.mean(),
-                "neighbours": repel.sum() / b,  # of an image
+                "neighbours": repel.sum() / b,  # mean number per image
                 "spread": variance.sqrt(),  # of the centres around their mean
                 # 1 if the centres lie on a line, d if they spread equally in all directions
                 "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
@@ -85,9 +85,9 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and one parameter a picture,
-# [n, 1, 1, 1]. 0 changes nothing. torchvision's do the same with one parameter for all pictures.
-# Constants are Python numbers, because tensors would have to be copied to a GPU.
+# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1, and one number for each,
+# [n, 1, 1, 1], which is 0 for no change. torchvision's functions take one number for all pictures.
+# MEAN and STD are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -112,7 +112,7 @@ def resize_matrix(start, length, size, full):
     pixels to `size` pixels, bilinear and antialiased."""
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]
-    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0 at the box's edge
+    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0 in the box
     distance = (source + 0.5 - (target + 0.5) * scale).abs()
     weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
     weight = weight.where((source >= 0) & (source < length[:, None, None]), 0)
@@ -120,7 +120,7 @@ def resize_matrix(start, length, size, full):
 
 
 def resized_crop(x, boxes, size):
-    """Crop boxes [4, n] and resize them to size x size."""
+    """Cut a box [4, n] out of each picture of x [n, 3, h, w] and resize it to size x size."""
     top, left, height, width = boxes
     rows = resize_matrix(top, height, size, x.shape[2])[:, None]  # the same for all channels
     columns = resize_matrix(left, width, size, x.shape[3])[:, None]
@@ -146,7 +146,7 @@ def hue(x, change):
     chroma = value - x.amin(1, keepdim=True)
     side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # A channel is largest if `angle` is within 1 of its own, and smallest from 2 on.
+    # A channel is largest if it is at most 1 away, and smallest if it is at least 2 away.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
@@ -170,12 +170,12 @@ def normalize(x):
 
 @dataclass
 class MultiViewAugment:
-    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, in
-    the steps of SimCLR and BYOL. Several blur_p or solarize_p are used by the views in turn. Images
+    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
+    the steps of SimCLR and BYOL. View k uses entry k of blur_p and solarize_p, cyclically. Images
     may also be crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
-    crop_scale: tuple = (0.08, 1.0)  # part of the picture's area
+    crop_scale: tuple = (0.08, 1.0)  # share of the picture's area, in any order
     flip_p: float = 0.5
     jitter: tuple = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
@@ -185,7 +185,7 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def __call__(self, images):
-        x = images / 255
+        x = images / 255  # [b, m, 3, size, size] if crop() has made them
         crops = x.unbind(1) if x.ndim == 5 else [
             resized_crop(x, draw_boxes(x, self.crop_scale), self.size) for _ in range(self.views)]
         return torch.stack([self.photometric(crop, k) for k, crop in enumerate(crops)])
@@ -216,17 +216,17 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """A matrix product on maps up to 2 x 2, such as those of layer3 and layer4 at 32 px. It skips
-    the taps that meet padding, so a training step is 1.4 times as fast on a CPU."""
+    """Small maps (up to 2 x 2 for 3x3 kernels, as in layer3 and layer4 at 32 px) take one matrix
+    product. It skips the padding, so a training step is 1.4 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if max(tops[-1], lefts[-1]) > p:  # there, it misses the first pixel
+        if max(tops[-1], lefts[-1]) > p:  # the last output misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
-        taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
-        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(taps).flatten(1))  # seen pixels
+        seen = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
+        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(seen).flatten(1))
         return y.view(len(x), len(tops), len(lefts), -1).permute(0, 3, 1, 2)
 
 
@@ -247,7 +247,7 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
 
 def build_network(args):
     """Backbone and projector (Linear-ReLU-...-Linear), which is dropped after training."""
-    network = nn.Sequential()
+    network = nn.Sequential()  # runs its attributes in this order
     network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
     network.projector = torchvision.ops.MLP(network.backbone.num_features, args.projector)
     return network
@@ -262,8 +262,8 @@ def embed(network, x, dtype):
 
 class LARS(torch.optim.SGD):
     """SGD with momentum that replaces the gradient g of each weight tensor w by
-    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the first
-    factor if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
+    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the
+    fraction if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
 
     def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
         super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
@@ -330,10 +330,10 @@ def draw_patterns(n, seed):
 
 def load_data(name, split, limit=None, seed=0):
     """Images and labels of the "train" or "test" split of one of DATASETS or of a folder, which has
-    train/<class>/ and test/<class>/ or val/<class>/, or just pictures without labels. limit: keep
+    train/<class>/ and test/<class>/ (or val/<class>/), or only pictures without labels. limit: keep
     this many images, chosen at random. Raises UserError if there is nothing to read."""
     if name == "patterns":
-        images, labels = draw_patterns(*(5000, 0) if split == "train" else (2000, 1))
+        images, labels = draw_patterns(5000, 0) if split == "train" else draw_patterns(2000, 1)
     elif name in DATASETS:
         images, labels = download(name, split)
     else:
@@ -346,7 +346,7 @@ def load_data(name, split, limit=None, seed=0):
 
 
 def download(name, split):
-    """Torchvision downloads the data set to data/."""
+    """Images and labels of a torchvision data set, downloaded to data/."""
     source = getattr(torchvision.datasets, name.upper())
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of each node
         try:
@@ -367,7 +367,7 @@ def list_pictures(path, split):
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # root, unlabelled
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all files
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
@@ -389,12 +389,12 @@ class PictureFiles:
 
 
 def read_pictures(files):
-    """One tensor if all have one size, up to 256 px, and fit into 4 GB, otherwise PictureFiles."""
+    """One tensor, if all have one size up to 256 px and fit into 4 GB, and PictureFiles if not."""
     pictures, images = PictureFiles(files), []
     for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
         images.append(pictures[k])
-        size, first = images[k].shape, images[0].shape
-        if size != first or max(size) > 256 or first.numel() * len(files) > 2**32:
+        shape, first = images[k].shape, images[0].shape
+        if shape != first or max(shape) > 256 or first.numel() * len(files) > 2**32:
             return pictures
     return torch.stack(images)
 
@@ -414,7 +414,7 @@ def image_batches(images, batches, transform, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """uint8 [..., 3, H, W] -> [..., 3, size, size]. A crop of this size stays as it is."""
+    """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images of this size stay as they are."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -426,15 +426,15 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # loader workers have cropped PictureFiles; crop() does nothing to them
+    # crop() does nothing to PictureFiles, which are cropped as they are loaded
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # a cat on the GPU takes twice the memory
+    return torch.cat(parts).to(device)  # torch.cat on a GPU takes twice the memory
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
     """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
     weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
-    norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0  # a normalised bank takes more memory
+    norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0  # F.normalize(bank) takes more memory
     for q, y in zip(queries.split(1024), labels.split(1024)):
         cosine, nearest = (F.normalize(q) @ bank.T).div_(norms).topk(min(k, len(bank)))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
@@ -475,7 +475,7 @@ def start_processes(args):
                                 device_id=device if cuda else None)
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
             else torch.cpu._is_avx512_bf16_supported())
-    amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if cuda else "off"
+    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
     return device, dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
 
 
@@ -490,12 +490,12 @@ def save(path, content):
 def load(path):
     """Load to the CPU what save() wrote. Runs no code from the file."""
     if zipfile.ZipFile(path).testzip():
-        raise ValueError("damaged")
+        raise ValueError("wrong checksum")  # which torch.load ignores
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(out, settings):
-    """The checkpoint in `out`, whose settings must agree, or an empty one for a new run."""
+    """The checkpoint in `out`, whose settings must be these, or an empty one for a new run."""
     if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten
         return {"epoch": 0, "log": []}
     try:
@@ -525,7 +525,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(checkpoint, device=device)
-    checkpoint, = checkpoint
+    checkpoint = checkpoint[0]
     start, log = checkpoint["epoch"], checkpoint["log"]
     images, labels = data or load_data(args.data, "train", args.limit, args.seed)
     n, steps = len(labels), len(labels) // args.batch_size
@@ -541,7 +541,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
                                              for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # on CPUs each normalises its own
+    if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = LARS(network.parameters(), args.lr, args.eta, args.weight_decay)
@@ -549,7 +549,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if not fp16
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -577,14 +577,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             scaler.update()
             bar.update()
 
-            if rank == epoch == step == 0:
+            if (rank, epoch, step) == (0, 0, 0):
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # .item() waits for a GPU
+            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # seldom: it makes GPUs wait
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
-                norm = nn.utils.get_total_norm(network.parameters())
-                if not math.isfinite(readings[-1]["loss"]) or not norm.isfinite():
+                weight_norm = nn.utils.get_total_norm(network.parameters())
+                if not math.isfinite(readings[-1]["loss"]) or not weight_norm.isfinite():
                     raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give "
                                     "another --out and a lower --lr")
         if rank > 0:
@@ -606,7 +606,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             "scaler": scaler.state_dict()})
     bar.close()
     if rank == 0:
-        print("finished" + f"; next: python eval_linear.py {out}" * bool(len(labelled)))
+        print("finished" + (f"; next: python eval_linear.py {out}" if len(labelled) else ""))
 
 
 # -------- settings
@@ -630,7 +630,7 @@ RECIPES = {
 
 
 def within(low, high=math.inf):
-    """A flag's type: a finite number of low's type, from low to high."""
+    """A flag's type: a finite number from low to high, and an int if low is one."""
     def number(text):
         value = type(low)(text)
         if not low <= value <= high or value == math.inf:
@@ -649,12 +649,12 @@ def parse_args(argv=None):
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
         description="Train CLAMP. Help of a recipe: --recipe NAME --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, part = parser.add_argument, within(0.0, 1.0)
+    add, share = parser.add_argument, within(0.0, 1.0)
     add("--recipe", choices=RECIPES, help="patterns without --data, small with it")
     add("--data", type=os.path.normpath, help=f"{', '.join(DATASETS)}, or a folder of pictures")
     add("--limit", type=within(1), help="train on this many images, chosen at random")
     add("--out", help="run folder; if None, runs/<data>")
-    add("--radius-scale", type=within(1e-3), default=7.0, help="r_s, size of the ellipsoids")
+    add("--radius-scale", type=within(1e-3), default=7.0, help="r_s, factor on the radii")
     add("--max-reach", type=within(1e-3), default=1.5, help="cap on the sum of two radii")
     add("--views", type=within(2), default=16, help="m, views of an image")
     add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
@@ -669,15 +669,15 @@ def parse_args(argv=None):
         help="start residual branches from zero")
     add("--projector", type=widths, default="2048-256", help="widths of the projector's layers")
     add("--size", type=within(8), default=32, help="side of a view in pixels")
-    add("--crop-scale", type=part, nargs=2, default=[0.08, 1.0], help="least and largest area")
-    add("--flip-p", type=part, default=0.5, help="probability of a flip")
-    add("--jitter", type=part, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
+    add("--crop-scale", type=share, nargs=2, default=[0.08, 1.0], help="least and largest area")
+    add("--flip-p", type=share, default=0.5, help="probability of a flip")
+    add("--jitter", type=share, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
         help="brightness, contrast, saturation, hue")
-    add("--jitter-p", type=part, default=0.8, help="probability of colour jitter")
-    add("--gray-p", type=part, default=0.2, help="probability of grey")
+    add("--jitter-p", type=share, default=0.8, help="probability of colour jitter")
+    add("--gray-p", type=share, default=0.2, help="probability of grey")
     add("--blur-kernel", type=within(1), default=3, help="taps of the Gaussian blur, odd")
-    add("--blur-p", type=part, nargs="+", default=[0.5], help="of blur; used by views in turn")
-    add("--solarize-p", type=part, nargs="+", default=[0.0], help="of solarising, likewise")
+    add("--blur-p", type=share, nargs="+", default=[0.5], help="of blur; used by views in turn")
+    add("--solarize-p", type=share, nargs="+", default=[0.0], help="of solarising, likewise")
     add_machine_flags(parser)
 
     known, _ = parser.parse_known_args(argv)  # once for the recipe, once with its settings
