@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -53,34 +52,33 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"packing_loss takes z [views >= 2, images, d], not {list(z.shape)}")
     m, b, d = z.shape
-    with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        if center:
-            z = z - z.mean((0, 1))
-        z = F.normalize(z, dim=2)
-        centers = z.mean(0)  # Z_i
-        trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
-        radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
+    z = z if z.dtype == torch.float64 else z.float()
+    if center:
+        z = z - z.mean((0, 1))
+    z = F.normalize(z, dim=2)
+    centers = z.mean(0)  # Z_i
+    trace = z.var(0).sum(1)  # Tr(L_i)
+    radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
-        exact = centers.double()  # in float32 cdist errs by up to 1e-3
-        distance = torch.cdist(exact, exact).to(z.dtype)
-        reach = (radii[:, None] + radii).clamp(max=max_reach)
-        repel = (distance > 1e-3) & (distance < reach)  # false if i = j
-        overlap = (1 - distance / reach).where(repel, 0)
-        energy = overlap.square().sum() / 2
-        loss = (energy + 1e-6).log()
+    exact = centers.double()  # in float32 cdist errs by up to 1e-3, under autocast by more
+    distance = torch.cdist(exact, exact).to(z.dtype)
+    reach = (radii[:, None] + radii).clamp(max=max_reach)
+    repel = (distance > 1e-3) & (distance < reach)  # false if i = j
+    overlap = (1 - distance / reach).where(repel, 0)
+    energy = overlap.square().sum() / 2
+    loss = (energy + 1e-6).log()
 
-        with torch.no_grad():
-            offsets = centers - centers.mean(0)
-            covariance = offsets.T @ offsets / b
-            variance = covariance.trace()
-            geometry = {
-                "radius": radii.mean(),
-                "neighbours": repel.sum() / b,  # mean number per image
-                "spread": variance.sqrt(),  # of the centres around their mean
-                # 1 if the centres lie on a line, d if they spread equally in all directions
-                "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
-            }
+    with torch.no_grad():
+        offsets = exact - exact.mean(0)
+        covariance = offsets.T @ offsets / b
+        variance = covariance.trace()
+        geometry = {
+            "radius": radii.mean(),
+            "neighbours": repel.sum() / b,  # mean number per image
+            "spread": variance.sqrt(),  # of the centres around their mean
+            # 1 if the centres lie on a line, d if they spread equally in all directions
+            "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
+        }
     return loss, geometry
 
 
@@ -180,7 +178,6 @@ class MultiViewAugment:
     jitter: tuple = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     gray_p: float = 0.2
-    blur_kernel: int = 3
     blur_p: tuple = (0.5,)
     solarize_p: tuple = (0.0,)
 
@@ -208,7 +205,8 @@ class MultiViewAugment:
             x = adjust[j](x, change.where(jittered, 0))
         x = torch.where(uniform(0, 1) < self.gray_p, v2.functional.rgb_to_grayscale(x), x)
         blurred = uniform(0, 1) < self.blur_p[k % len(self.blur_p)]
-        x = gaussian_blur(x, uniform(0.1, 2.0).where(blurred, 0), self.blur_kernel)
+        kernel = self.size // 20 * 2 + 1  # a tenth of the side, as in SimCLR
+        x = gaussian_blur(x, uniform(0.1, 2.0).where(blurred, 0), kernel)
         solarized = uniform(0, 1) < self.solarize_p[k % len(self.solarize_p)]
         return normalize(torch.where(solarized & (x >= 0.5), 1 - x, x))
 
@@ -400,15 +398,14 @@ def read_pictures(files):
 
 
 def image_batches(images, batches, transform, device, workers=0):
-    """Yield the images of each row of indices in `batches`. `workers` processes decode and
-    transform PictureFiles. A tensor is only indexed."""
+    """An iterator of the images of each row of indices in `batches`. `workers` processes decode
+    and transform PictureFiles. A tensor is only indexed."""
     if torch.is_tensor(images):
-        yield from (images[rows.to(images.device, non_blocking=True)] for rows in batches)
-        return
+        return (images[rows.to(images.device, non_blocking=True)] for rows in batches)
     loader = torch.utils.data.DataLoader(
         PictureFiles(images.files, transform), batch_sampler=[rows.tolist() for rows in batches],
         num_workers=workers, pin_memory=device.type == "cuda")
-    yield from (pictures.to(device, non_blocking=True) for pictures in loader)
+    return (pictures.to(device, non_blocking=True) for pictures in loader)
 
 
 # -------- read-out and processes
@@ -487,19 +484,12 @@ def save(path, content):
     os.replace(f"{path}.part", path)
 
 
-def load(path):
-    """Load to the CPU what save() wrote. Runs no code from the file."""
-    if zipfile.ZipFile(path).testzip():
-        raise ValueError("wrong checksum")  # which torch.load ignores
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def load_checkpoint(out, settings):
     """The checkpoint in `out`, whose settings must be these, or an empty one for a new run."""
     if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten
         return {"epoch": 0, "log": []}
     try:
-        checkpoint = load(out / "checkpoint.pt")
+        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many types
         raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out") from None
@@ -613,9 +603,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
 # The flags' defaults are the published settings for CIFAR-10. A recipe lists what it changes.
 
 IMAGENET = dict(  # published
-    arch="resnet50", stem="imagenet", projector="8192-8192-512", size=224, radius_scale=8.5,
-    views=4, batch_size=512, jitter=[0.4, 0.4, 0.2, 0.1], blur_kernel=23, blur_p=[1.0, 0.1],
-    solarize_p=[0.0, 0.2])
+    arch="resnet50", stem="imagenet", projector=[8192, 8192, 512], size=224, radius_scale=8.5,
+    views=4, batch_size=512, jitter=[0.4, 0.4, 0.2, 0.1], blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2])
 SMALL = dict(  # ours: an hour on two CPU cores
     data="cifar10", stem="imagenet", zero_init=True, max_reach=1.2, views=2, epochs=30,
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
@@ -642,9 +631,6 @@ def within(low, high=math.inf):
 
 def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
-    def widths(text):
-        return [within(1)(width) for width in text.split("-")]
-
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
         description="Train CLAMP. Help of a recipe: --recipe NAME --help",
@@ -667,7 +653,7 @@ def parse_args(argv=None):
     add("--stem", choices=("imagenet", "cifar"), default="cifar", help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero")
-    add("--projector", type=widths, default="2048-256", help="widths of the projector's layers")
+    add("--projector", type=within(1), nargs="+", default=[2048, 256], help="widths of its layers")
     add("--size", type=within(8), default=32, help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, default=[0.08, 1.0], help="least and largest area")
     add("--flip-p", type=share, default=0.5, help="probability of a flip")
@@ -675,7 +661,6 @@ def parse_args(argv=None):
         help="brightness, contrast, saturation, hue")
     add("--jitter-p", type=share, default=0.8, help="probability of colour jitter")
     add("--gray-p", type=share, default=0.2, help="probability of grey")
-    add("--blur-kernel", type=within(1), default=3, help="taps of the Gaussian blur, odd")
     add("--blur-p", type=share, nargs="+", default=[0.5], help="of blur; used by views in turn")
     add("--solarize-p", type=share, nargs="+", default=[0.0], help="of solarising, likewise")
     add_machine_flags(parser)
@@ -685,8 +670,6 @@ def parse_args(argv=None):
     parser.set_defaults(**RECIPES[recipe], recipe=recipe)
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
-    if args.blur_kernel % 2 == 0 or args.blur_kernel >= 2 * args.size:
-        parser.error(f"--blur-kernel {args.blur_kernel}: give an odd number below twice --size")
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.out = args.out or f"runs/{Path(args.data).resolve().name}"
     return args

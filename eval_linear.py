@@ -46,7 +46,7 @@ def load_backbone(path, pretrained=True, backbone=None):
     a backbone is given, it takes the weights. Raises UserError if they cannot be loaded."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
-        saved = clamp.load(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if backbone is None:  # without zero_init, which would lower the untrained floor
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
         if pretrained:
@@ -89,8 +89,9 @@ def extract(network, images, rows, options):
 
 
 def batches(train, args, options):
-    """Yield the indices into train of each whole batch, in the order of gather(), and the views of
-    this process's share of it, which are None without --augment and --finetune."""
+    """Yield for each step the factor on the learning rate, the indices into train of the batch, in
+    the order of gather(), and the views of this process's share of it, which are None without
+    --augment and --finetune."""
     (rank, world), n = clamp.rank_and_world(), len(train.rows)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
@@ -107,7 +108,8 @@ def batches(train, args, options):
             pictures = clamp.image_batches(train.images, train.rows[order[:, rank]], augment.crop,
                                            options["device"], options["workers"])
             views = (augment(x)[0] for x in pictures)
-        yield from zip(order.flatten(1).to(options["device"]), views)
+        scale = [clamp.lr_scale(epoch * steps + k, 0, args.epochs * steps) for k in range(steps)]
+        yield from zip(scale, order.flatten(1).to(options["device"]), views)
 
 
 def probe(train, test, rates, classes, backbone, args, options):
@@ -122,8 +124,7 @@ def probe(train, test, rates, classes, backbone, args, options):
     weight = torch.zeros(len(mean) + 1, len(rates) * classes, device=mean.device)
     velocity = torch.zeros_like(weight)
     rates = torch.tensor(rates, device=mean.device).repeat_interleave(classes)
-    steps = args.epochs * (len(train.rows) // args.batch_size)
-    for step, (batch, views) in enumerate(batches(train, args, options)):
+    for scale, batch, views in batches(train, args, options):
         if views is None:
             x = train.features[batch]
         else:
@@ -131,7 +132,7 @@ def probe(train, test, rates, classes, backbone, args, options):
         x, y = standardise(x), F.one_hot(train.labels[batch], classes)
         error = (x @ weight).unflatten(1, (-1, classes)).softmax(2) - y[:, None]
         velocity = 0.9 * velocity + x.T @ error.flatten(1) / len(x)
-        weight -= rates * clamp.lr_scale(step, 0, steps) * velocity
+        weight -= rates * scale * velocity
     return (standardise(test.features) @ weight).unflatten(1, (-1, classes)).transpose(0, 1)
 
 
@@ -139,17 +140,16 @@ def finetune(train, test, rates, classes, backbone, args, options):
     """The same for a classifier and a copy of the backbone, trained end to end; the backbone's
     learning rate is 0.05 of the classifier's (arXiv 2506.13717)."""
     (rank, world), dtype, logits = clamp.rank_and_world(), options["dtype"], []
-    steps = args.epochs * (len(train.rows) // args.batch_size)
     for rate in rates:
         head = nn.Linear(train.features.shape[1], classes, device=options["device"])
         network = nn.Sequential(copy.deepcopy(backbone), head).train()
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-        optimizer = torch.optim.SGD([{"params": network[0].parameters(), "scale": 0.05},
-                                     {"params": head.parameters(), "scale": 1.0}], rate, 0.9)
+        optimizer = torch.optim.SGD([{"params": network[0].parameters(), "rate": 0.05 * rate},
+                                     {"params": head.parameters(), "rate": rate}], rate, 0.9)
         scaler = torch.amp.GradScaler(options["device"].type, enabled=dtype == torch.float16)
-        for step, (batch, views) in enumerate(batches(train, args, options)):
+        for scale, batch, views in batches(train, args, options):
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"] * clamp.lr_scale(step, 0, steps)
+                group["lr"] = scale * group["rate"]
             y = train.labels[batch].view(world, -1)[rank]
             with torch.enable_grad():
                 loss = F.cross_entropy(clamp.embed(model, views, dtype), y)
@@ -214,11 +214,9 @@ def evaluate(args, backbone=None, data=None):
         print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result)
               + " (before fine-tuning)" * args.finetune)
         print(json.dumps(result))
-        names = ("augment", "finetune", "random_init", "data", "limit", "labels", "seed")
-        flags = [f"-{k}-{getattr(args, k)}" for k in names if getattr(args, k)]
-        file = "linear" + "".join(flags).replace("-True", "").replace("/", "-") + ".json"
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-        (folder / file).write_text(json.dumps(result | {"settings": vars(args)}) + "\n")
+        with open(folder / "linear.jsonl", "a") as file:
+            file.write(json.dumps(result | {"settings": vars(args)}) + "\n")
     return result
 
 

@@ -29,7 +29,7 @@ import eval_linear
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = ["--epochs", "3", "--limit", "96", "--batch-size", "32", "--views", "2", "--projector",
-        "32-16", "--workers", "1"]
+        "32", "16", "--workers", "1"]
 PAPER = dict(center=False, max_reach=math.inf)
 
 
@@ -260,8 +260,7 @@ def test_boxes_are_distributed_as_torchvisions():
 
 def test_views_equal_torchvision_given_the_same_parameters():
     """Draws again, in the order of the steps, what the augmentation drew."""
-    augment = clamp.MultiViewAugment(16, 2, (1, 1), blur_kernel=5, blur_p=[1.0, 0.3],
-                                     solarize_p=[0.0, 0.6])
+    augment = clamp.MultiViewAugment(40, 2, (1, 1), blur_p=[1.0, 0.3], solarize_p=[0.0, 0.6])
     x = pictures(40, 16, 16)
     operators = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     for k in range(2):
@@ -608,13 +607,11 @@ class Stranger:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "stranger", "missing", "lone"])
+@pytest.mark.parametrize("damage", ["cut", "stranger", "missing", "lone"])
 def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = bytearray((whole_run / "checkpoint.pt").read_bytes())
-    middle = len(content) // 2
-    content[middle:middle + 4] = bytes(255 - byte for byte in content[middle:middle + 4])
-    content = {"cut": content[:-1000], "stranger": pickle.dumps(Stranger())}.get(damage, content)
+    content = (whole_run / "checkpoint.pt").read_bytes()[:-1000]
+    content = pickle.dumps(Stranger(), protocol=2) if damage == "stranger" else content
     for name in ("checkpoint.pt", "backbone.pt"):
         Path(name).write_bytes(content)
     if damage in ("missing", "lone"):
@@ -687,10 +684,10 @@ def test_command_line_end_to_end(tmp_path):
     assert "finished" in run(*train).stdout and len(read_log(out)) == 2
 
     result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()[-1]
-    written = json.loads((out / "linear.json").read_text())
-    assert written.pop("settings")["epochs"] == 2 and json.loads(result) == written
     run("eval_linear.py", out / "backbone.pt", "--epochs", "2", "--random-init", "--limit", "500")
-    floor = json.loads((out / "linear-random_init-limit-500.json").read_text())
+    written, floor = map(json.loads, (out / "linear.jsonl").read_text().splitlines())
+    assert written.pop("settings")["epochs"] == 2 and json.loads(result) == written
+    assert floor["settings"]["random_init"] and floor["settings"]["limit"] == 500
     assert floor["n_train"] == 500 and floor["n_test"] == 2000 and floor["top1"] != written["top1"]
     refused = run(*train, "--lr", "0.3", code=2).stderr
     assert refused.startswith("clamp.py: error: ") and "another lr; give another --out" in refused
@@ -714,7 +711,7 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
     assert results[0] == pytest.approx(results[1])
     for method in ("--finetune", "--augment"):
         run(*torchrun, "eval_linear.py", tmp_path, "--epochs", "1", "--limit", "300", method)
-    assert json.loads((tmp_path / "linear-augment-limit-300.json").read_text())["n_train"] == 300
+    assert json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[3])["n_train"] == 300
 
 
 def one_line(capfd, script, argv):
@@ -740,9 +737,8 @@ def one_line(capfd, script, argv):
     ("--lr inf", "--lr: inf: give 0.0 or more"),
     ("--radius-scale 0", "--radius-scale: 0: give 0.001 or more"),
     ("--jitter 0 0 2 0", "--jitter: 2: give 0.0 to 1.0"),
-    ("--projector abc", "--projector: invalid widths value: 'abc'"),
-    ("--projector 64-0", "--projector: 0: give 1 or more"),
-    ("--blur-kernel 4", "--blur-kernel 4: give an odd number below twice --size"),
+    ("--projector abc", "--projector: invalid number value: 'abc'"),
+    ("--projector 64 0", "--projector: 0: give 1 or more"),
     ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns"),
     ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),

@@ -175,7 +175,7 @@ def benchmark(quick=False):
             picture = F.interpolate(picture, (376, 500), mode="bilinear")[0]
             torchvision.utils.save_image(picture, f"{folder}/{k}.jpg")
         pictures, _ = clamp.load_data(folder, "train")
-        augment = clamp.MultiViewAugment(size, 4, blur_kernel=23)
+        augment = clamp.MultiViewAugment(size, 4)
         batches = torch.arange(n).view(-1, n // 6 if n > 8 else n)
 
         def stream():

@@ -2,8 +2,7 @@
 
     python experiments/geometry.py RUN [--data NAME] [--random-init]
 
-RUN is a run folder of clamp.py or a backbone.pt. The result is written beside it as geometry.json,
-or under a name that lists the flags.
+RUN is a run folder of clamp.py or a backbone.pt. The result is a line of geometry.jsonl beside it.
 """
 
 import argparse
@@ -66,9 +65,8 @@ def measure(args):
     print(json.dumps(result))
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     written = result | {"eigenvalues": eigenvalues.tolist(), "settings": vars(args)}
-    data = args.data and "-data-" + args.data.replace("/", "-")
-    file = f"geometry{'-random_init' * args.random_init}{data or ''}.json"
-    (folder / file).write_text(json.dumps(written) + "\n")
+    with open(folder / "geometry.jsonl", "a") as file:
+        file.write(json.dumps(written) + "\n")
     return result
 
 

@@ -1,7 +1,7 @@
 """Films the packing: with a projector of three outputs, the images' balls lie in ordinary space.
 
     python experiments/sphere.py        trains on patterns; writes sphere.png and sphere.gif here
-    python experiments/sphere.py RUN    draws a finished run of --projector 2048-3, into RUN
+    python experiments/sphere.py RUN    draws a finished run of --projector 2048 3, into RUN
 """
 import math
 import sys
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import clamp  # noqa: E402
 
-FLAGS = ("--projector 512-3 --radius-scale 1.2 --max-reach 9 --views 4 --batch-size 60 --epochs 4 "
+FLAGS = ("--projector 512 3 --radius-scale 1.2 --max-reach 9 --views 4 --batch-size 60 --epochs 4 "
          "--lr 1.6 --crop-scale 0.4 1 --blur-p 0 --device cpu").split()
 KINDS = dict(stripes=(204, 121, 167), checks=(86, 180, 233), dots=(0, 158, 115),  # Okabe and Ito's,
              rings=(240, 228, 66), zigzag=(0, 114, 178), rays=(213, 94, 0))  # for the colour-blind
@@ -67,10 +67,10 @@ def film(shots, skins, kinds, args, folder, shrink=1.0):
 def main(run=None, flags=(), folder=Path(__file__).parent):
     args, kinds, shots, shrink = clamp.parse_args([*FLAGS, *flags]), {}, [], 1.0
     if run:
-        folder, saved = Path(run), clamp.load(Path(run, "checkpoint.pt"))
+        folder, saved = Path(run), torch.load(Path(run, "checkpoint.pt"), "cpu")
         vars(args).update(saved["settings"])
     if args.projector[-1] != 3:
-        raise clamp.UserError(f"{run}: needs a projector of three outputs, as --projector 2048-3")
+        raise clamp.UserError(f"{run}: needs a projector of three outputs, as --projector 2048 3")
     torch.manual_seed(args.seed)
     network, (images, labels) = clamp.build_network(args), clamp.load_data(args.data, "test")
     rows = labels.argsort(stable=True)[torch.linspace(  # as many of each class

@@ -24,7 +24,7 @@ import peers  # noqa: E402
 import sphere  # noqa: E402
 from test_clamp import loop_loss, spawn, tiny_network  # noqa: E402
 
-TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32-16"]
+TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32", "16"]
 ONE_STEP = [*TINY, "--limit", "32"]
 
 
@@ -177,7 +177,7 @@ def test_a_peer_trains_and_its_backbone_is_measured(name, tmp_path, monkeypatch)
     assert math.isfinite(log["loss"]) and log.get("radius", 1e5) > 1e4
     if name == "vicreg":
         result = geometry.measure(geometry.parse_args([str(tmp_path)]))
-        assert result["n_test"] == 2000 and (tmp_path / "geometry.json").exists()
+        assert result["n_test"] == 2000 and (tmp_path / "geometry.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["shuffled_dbn", "byol"])
@@ -216,14 +216,14 @@ def test_main_hands_each_methods_parts_to_train(monkeypatch):
     assert loss.func is peers.byol and len(data[0]) == 64 and byol.steps == 6
     torch.testing.assert_close(byol.state_dict(), again.state_dict(), rtol=0, atol=0)
     assert type(plain) is clamp.MultiViewAugment and type(pairs) is peers.PairedAugment
-    assert type(heads.projector) is peers.SideBySide and pairs.blur_kernel == 3
+    assert type(heads.projector) is peers.SideBySide and pairs.jitter == [0.4, 0.4, 0.2, 0.1]
     assert packing[1].keywords == dict(center=False, radius_scale=7.0, max_reach=1.5)
     assert packing[3].views == 4 and not any("running_mean" in key for key in
                                             packing[2].projector.state_dict())
 
 
 def test_momentum_copy_follows_the_papers_schedule():
-    args = clamp.parse_args(["--projector", "8-4"])
+    args = clamp.parse_args(["--projector", "8", "4"])
     args.steps = 10
     network, x = peers.BYOL(args), torch.randn(4, 3, 32, 32)
     copies, online = [*network.target.parameters()], [*network.backbone.parameters(),
@@ -244,7 +244,7 @@ def test_momentum_copy_follows_the_papers_schedule():
 
 
 def test_networks_return_what_their_losses_take():
-    args = clamp.parse_args(["--projector", "16-8", "--batch-size", "128"])
+    args = clamp.parse_args(["--projector", "16", "8", "--batch-size", "128"])
     x = torch.randn(6, 3, 32, 32)
     for name in ("simsiam", "swav", "ce_ssl"):
         network = peers.METHODS[name]["network"](args)
@@ -361,13 +361,13 @@ def test_a_ball_is_drawn_in_its_place_size_and_colour():
 
 def test_sphere_films_a_tiny_run_and_draws_a_finished_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sphere, "draw", partial(sphere.draw, side=40))
-    sphere.main(flags=[*TINY, "--projector", "32-3"], folder=tmp_path)
+    sphere.main(flags=[*TINY, "--projector", "32", "3"], folder=tmp_path)
     assert Image.open(tmp_path / "sphere.gif").n_frames == 2 + 20  # the end is held
-    clamp.train(clamp.parse_args([*TINY, "--projector", "32-3", "--out", str(tmp_path / "run")]))
+    clamp.train(clamp.parse_args([*TINY, "--projector", "32", "3", "--out", str(tmp_path / "run")]))
     sphere.main(str(tmp_path / "run"))
     assert Image.open(tmp_path / "run" / "sphere.png").size == (2700, 450)
     with pytest.raises(clamp.UserError, match="a projector of three outputs"):
-        sphere.main(flags=["--projector", "32-4"])
+        sphere.main(flags=["--projector", "32", "4"])
 
 
 def test_benchmark_compares_the_same_loss_and_runs():
