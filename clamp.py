@@ -60,7 +60,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
     radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
 
-    exact = centers.double()  # in float32 cdist errs by up to 1e-3, under autocast by more
+    exact = centers.double()  # in float32 cdist errs by up to 1e-3
     distance = torch.cdist(exact, exact).to(z.dtype)
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     repel = (distance > 1e-3) & (distance < reach)  # false if i = j
@@ -83,7 +83,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1, and one number for each,
+# From brightness() on, functions take pictures [n, 3, h, w] in 0..1, and one number for each,
 # [n, 1, 1, 1], which is 0 for no change. torchvision's functions take one number for all pictures.
 # MEAN and STD are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -110,7 +110,7 @@ def resize_matrix(start, length, size, full):
     pixels to `size` pixels, bilinear and antialiased."""
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]
-    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0 in the box
+    source = torch.arange(full, device=start.device) - start[:, None, None]  # the box starts at 0
     distance = (source + 0.5 - (target + 0.5) * scale).abs()
     weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
     weight = weight.where((source >= 0) & (source < length[:, None, None]), 0)
@@ -144,7 +144,7 @@ def hue(x, change):
     chroma = value - x.amin(1, keepdim=True)
     side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # A channel is largest if it is at most 1 away, and smallest if it is at least 2 away.
+    # A channel is largest within 1 of its own angle, and smallest from 2 on.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
@@ -214,17 +214,17 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class Conv2d(nn.Conv2d):
-    """Small maps (up to 2 x 2 for 3x3 kernels, as in layer3 and layer4 at 32 px) take one matrix
+    """Small maps (up to 2 x 2 for 3x3 kernels, as in the last layers at 32 px) take one matrix
     product. It skips the padding, so a training step is 1.4 times as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if max(tops[-1], lefts[-1]) > p:  # the last output misses the first pixel
+        if max(tops[-1], lefts[-1]) > p:  # the last place misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
-        seen = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
-        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(seen).flatten(1))
+        taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
+        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(taps).flatten(1))  # pixels in use
         return y.view(len(x), len(tops), len(lefts), -1).permute(0, 3, 1, 2)
 
 
@@ -244,7 +244,7 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
 
 
 def build_network(args):
-    """Backbone and projector (Linear-ReLU-...-Linear), which is dropped after training."""
+    """Backbone, and projector (Linear-ReLU-...-Linear) for training alone."""
     network = nn.Sequential()  # runs its attributes in this order
     network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
     network.projector = torchvision.ops.MLP(network.backbone.num_features, args.projector)
@@ -365,7 +365,7 @@ def list_pictures(path, split):
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all files
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all as one
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
@@ -398,8 +398,8 @@ def read_pictures(files):
 
 
 def image_batches(images, batches, transform, device, workers=0):
-    """An iterator of the images of each row of indices in `batches`. `workers` processes decode
-    and transform PictureFiles. A tensor is only indexed."""
+    """Iterate over the images of each row of indices in `batches`. `workers` processes decode and
+    transform PictureFiles. A tensor is only indexed."""
     if torch.is_tensor(images):
         return (images[rows.to(images.device, non_blocking=True)] for rows in batches)
     loader = torch.utils.data.DataLoader(
@@ -505,7 +505,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
 
     loss_fn: z [m, b, d], embeddings of the images of all processes -> loss, dict of numbers to log
     network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: an object like MultiViewAugment, with a method crop()
+    augment: a subclass of MultiViewAugment
     data: images and labels, as load_data returns them"""
     device, dtype = start_processes(args)
     (rank, world), out = rank_and_world(), Path(args.out)
@@ -528,8 +528,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     labelled = labelled[torch.randperm(len(labelled))[:5000]]
 
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
-    augment = augment or MultiViewAugment(**{f.name: getattr(args, f.name)
-                                             for f in fields(MultiViewAugment)})
+    augment = (augment or MultiViewAugment)(**{f.name: getattr(args, f.name)
+                                               for f in fields(MultiViewAugment)})
     network = network or build_network(args)
     if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -539,7 +539,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {} if not fp16
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {}: not fp16
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -645,7 +645,7 @@ def parse_args(argv=None):
     add("--views", type=within(2), default=16, help="m, views of an image")
     add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
     add("--epochs", type=within(1), default=1000, help="passes over the images")
-    add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
+    add("--warmup-epochs", type=within(0.0), default=10, help="cut to a third of the epochs")
     add("--lr", type=within(0.0), default=0.1, help="peak learning rate at batch size 256")
     add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
     add("--weight-decay", type=within(0.0), default=1e-6, help="except on biases and norms")

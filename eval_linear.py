@@ -47,9 +47,9 @@ def load_backbone(path, pretrained=True, backbone=None):
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if backbone is None:  # without zero_init, which would lower the untrained floor
+        if backbone is None:  # not with zero_init, which would lower the untrained floor
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if pretrained:
+        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
@@ -89,8 +89,8 @@ def extract(network, images, rows, options):
 
 
 def batches(train, args, options):
-    """Yield for each step the factor on the learning rate, the indices into train of the batch, in
-    the order of gather(), and the views of this process's share of it, which are None without
+    """Yield for each step the factor on the learning rate, the batch as indices into train, in
+    which process 0's share comes first, and the views of this process's own share, or None without
     --augment and --finetune."""
     (rank, world), n = clamp.rank_and_world(), len(train.rows)
     steps = n // args.batch_size
@@ -116,7 +116,7 @@ def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier with each learning rate, side by side: SGD with momentum 0.9 and a
     cosine schedule, from zero. Returns their logits of test, [len(rates), n, classes]."""
     mean, std = train.features.mean(0), train.features.std(0)
-    std = std.clamp(min=0.01 * std.mean().item())  # a feature may vary in crops alone
+    std = std.clamp(min=0.01 * std.mean().item())  # a constant one may vary in crops
 
     def standardise(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # the weight of the 1 is the bias
@@ -137,8 +137,8 @@ def probe(train, test, rates, classes, backbone, args, options):
 
 
 def finetune(train, test, rates, classes, backbone, args, options):
-    """The same for a classifier and a copy of the backbone, trained end to end; the backbone's
-    learning rate is 0.05 of the classifier's (arXiv 2506.13717)."""
+    """As probe(), for a classifier and a copy of the backbone, one rate after the other. The
+    backbone's learning rate is 0.05 of the classifier's (arXiv 2506.13717)."""
     (rank, world), dtype, logits = clamp.rank_and_world(), options["dtype"], []
     for rate in rates:
         head = nn.Linear(train.features.shape[1], classes, device=options["device"])
@@ -157,7 +157,7 @@ def finetune(train, test, rates, classes, backbone, args, options):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        for statistic in network.buffers() if world > 1 else []:  # each process has its own
+        for statistic in (network.buffers() if world > 1 else []):  # each process has its own
             torch.distributed.broadcast(statistic, 0)
         logits.append(extract(network.eval(), test.images, test.rows, options))
     return torch.stack(logits)
@@ -179,7 +179,7 @@ def accuracy(logits, labels, k=1):
 
 @torch.no_grad()
 def evaluate(args, backbone=None, data=None):
-    """Evaluate args.run as args, from parse_args, say. Prints, writes and returns the result.
+    """Evaluate args.run by the settings of parse_args. Prints, writes and returns the result.
 
     backbone: a module of your own for the run's weights, images [n, 3, size, size] -> [n, f].
     data: (images, labels) of your own to train on, and (images, labels) to test on.
@@ -207,7 +207,7 @@ def evaluate(args, backbone=None, data=None):
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "n_train": len(rows), "n_test": len(test.rows), "data": name}
+              "n_train": len(rows), "n_test": len(test.rows), "data": "own" if data else name}
     if clamp.rank_and_world()[0] == 0:
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")

@@ -1,5 +1,4 @@
-"""Tests of clamp.py, eval_linear.py and experiments/ against independent references. They need
-neither a network nor a GPU; those that need CUDA are skipped without it."""
+"""Tests of clamp.py and eval_linear.py against independent references, without network or GPU."""
 
 import json
 import math
@@ -186,7 +185,7 @@ def train_shares(folder):
     network = tiny_network(seed=rank, norm=nn.Identity)
     args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
                              "--amp", "off", "--out", f"{folder}/run-{world}"])
-    clamp.train(args, network=network, augment=FixedViews(32, 3))
+    clamp.train(args, network=network, augment=FixedViews)
 
 
 def test_several_processes_have_the_gradient_of_one_and_train_alike(tmp_path):

@@ -15,7 +15,6 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -273,7 +272,7 @@ METHODS = {
 def main(method="", *flags):
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
-    default = dict(network=build_network, augment=clamp.MultiViewAugment, flags="")
+    default = dict(network=build_network, augment=None, flags="")
     parts = default | METHODS[method]
     numbers = {p.name: p.default for p in signature(parts["loss"]).parameters.values()
                if type(p.default) in (int, float)}
@@ -288,9 +287,8 @@ def main(method="", *flags):
     args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
     network = parts["network"](args)
-    augment = parts["augment"](**{f.name: getattr(args, f.name) for f in fields(parts["augment"])})
     loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
-    clamp.train(args, loss_fn, network, augment, data)
+    clamp.train(args, loss_fn, network, parts["augment"], data)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def train_alike(rank, world, device, norm, compiled, folder, port):
         network.compile()
     args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
                              "--amp", "off", "--device", device, "--out", f"{folder}/{world}"])
-    clamp.train(args, network=network, augment=FixedViews(32, 3))
+    clamp.train(args, network=network, augment=FixedViews)
     dist.barrier()
     dist.destroy_process_group()
 
