@@ -478,10 +478,12 @@ def start_processes(args):
 
 # -------- training
 
-def save(path, content):
-    """Write a file whole or not at all, even if the process is killed meanwhile."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+def save(out, **contents):
+    """Write files NAME.pt whole or not at all, even if the process is killed meanwhile."""
+    for name, content in contents.items():
+        torch.save(content, out / f"{name}.part")
+    for name in contents:  # all at once
+        os.replace(out / f"{name}.part", out / f"{name}.pt")
 
 
 def load_checkpoint(out, settings):
@@ -590,8 +592,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         state = {"epoch": epoch + 1, "settings": settings}
-        save(out / "backbone.pt", state | {"backbone": network.backbone.state_dict()})
-        save(out / "checkpoint.pt", state | {
+        save(out, backbone=state | {"backbone": network.backbone.state_dict()}, checkpoint=state | {
             "log": log, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
     bar.close()

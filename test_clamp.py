@@ -768,7 +768,7 @@ def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd
 
 def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
     write_pictures(tmp_path / "flat", 33, ((40, 50), (70, 30)))
-    clamp.save(tmp_path / "backbone.pt", {
+    clamp.save(tmp_path, backbone={
         "settings": vars(clamp.parse_args([])), "epoch": 3,
         "backbone": clamp.build_backbone("resnet18").state_dict()})
     before = sorted(tmp_path.rglob("*"))
