@@ -53,7 +53,7 @@ def load_backbone(path, pretrained=True, backbone=None):
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
-                              "folder or a backbone.pt") from None
+                              "folder or a backbone.pt, or pass evaluate() a backbone") from None
     return backbone.eval(), saved
 
 
@@ -95,8 +95,8 @@ def batches(train, args, options):
     (rank, world), n = clamp.rank_and_world(), len(train.rows)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
-        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
-                              f"images, and divisible by {world}, the number of processes")
+        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
+                              f"train on, and divisible by {world}, the number of processes")
     augment = clamp.MultiViewAugment(options["size"], 1, jitter_p=0, gray_p=0, blur_p=[0])
     for epoch in tqdm(range(args.epochs), "training", leave=False, disable=rank > 0):
         seed = 10_000 * args.seed + epoch
@@ -221,7 +221,7 @@ def evaluate(args, backbone=None, data=None):
 
 
 def parse_args(argv=None):
-    def fraction_or_file(text):
+    def fraction_or_existing_file(text):
         return text if Path(text).is_file() else clamp.within(1e-6, 1.0)(text)
 
     parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -230,7 +230,7 @@ def parse_args(argv=None):
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
     add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
-    add("--labels", type=fraction_or_file, help="fraction of each class, or file of image names")
+    add("--labels", type=fraction_or_existing_file, help="fraction of each class, or list of images")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")

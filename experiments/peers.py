@@ -280,7 +280,7 @@ def main(method="", *flags):
     for name in numbers.keys() - vars(clamp.parse_args([])).keys():
         parser.add_argument(f"--{name}", type=type(numbers[name]), default=numbers[name])
     own, flags = parser.parse_known_args(flags)
-    args = clamp.parse_args([*parts["flags"].split(), *flags])
+    args = clamp.parse_args([*parts["flags"].split(), "--out", f"runs/{method}", *flags])
     vars(args).update(vars(own), method=method)  # other settings do not continue the run
     clamp.start_processes(args)  # before load_data, by which one process downloads for all
     data = clamp.load_data(args.data, "train", args.limit, args.seed)
