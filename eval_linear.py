@@ -221,7 +221,7 @@ def evaluate(args, backbone=None, data=None):
 
 
 def parse_args(argv=None):
-    def fraction_or_file_found(text):
+    def fraction_or_existing_file(text):
         return text if Path(text).is_file() else clamp.within(1e-6, 1.0)(text)
 
     parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -230,7 +230,7 @@ def parse_args(argv=None):
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
     add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
-    add("--labels", type=fraction_or_file_found, help="fraction of each class, or file of names")
+    add("--labels", type=fraction_or_existing_file, help="fraction of a class, or file of names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")

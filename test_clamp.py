@@ -776,7 +776,7 @@ def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
             ([tmp_path / "flat" / "001.png"], "001.png: missing, damaged"),
             ([tmp_path, "--data", tmp_path / "flat"], "has no labels; evaluation needs train/"),
             ([tmp_path, "--labels", "2"], "--labels: 2: give 1e-06 to 1.0"),
-            ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_file_found value"),
+            ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_existing_file value"),
             ([tmp_path, "--limit", "200"], "--batch-size 256: must be at most 180, the images to"),
             ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
         assert words in one_line(capfd, eval_linear, argv).splitlines()[-1]

@@ -67,8 +67,8 @@ def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, re
 def test_evaluation_waits_for_the_gpu_once_an_epoch(method, waits, tmp_path):
     """Two epochs of three steps for two learning rates, and again for the better one."""
     backbone = tiny_network().backbone
-    clamp.save(tmp_path / "backbone.pt", {"settings": vars(clamp.parse_args([])),
-                                          "backbone": backbone.state_dict()})
+    clamp.save(tmp_path, backbone={"settings": vars(clamp.parse_args([])),
+                                   "backbone": backbone.state_dict()})
     data = torch.zeros(60, 3, 32, 32, dtype=torch.uint8), torch.arange(60) % 2
     args = eval_linear.parse_args([str(tmp_path), "--epochs", "2", "--batch-size", "18", "--lr",
                                    "0.1", "0.2", *method])
