@@ -689,7 +689,7 @@ def command_line(main):
     """Run main(). An error that the user can put right gives one line and exit status 2."""
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory; lower --batch-size, --views or --size"

@@ -5,7 +5,7 @@
 METHODS, at the end of this file, lists what each method brings: a loss, and for some a network, an
 augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
 processes, and returns its value and a dict of numbers to log. Its other arguments are flags, too,
-such as --temperature for simclr.
+such as --temperature for simclr. All views go through the network, and its batch norm, together.
 
 no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
 two radii is at the cap, so that only the centres matter.
@@ -52,7 +52,7 @@ def simclr(z, temperature=0.1):
 
 
 def barlow_twins(z, weight=0.005):
-    """The views' cross-correlation becomes the identity (arXiv 2103.03230)."""
+    """The views' cross-correlation becomes the identity: 1/d of the loss of arXiv 2103.03230."""
     x, y = two_views((z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True))
     c = x.T @ y / len(x)
     on_diagonal = (c.diagonal() - 1).square().sum()
@@ -61,7 +61,7 @@ def barlow_twins(z, weight=0.005):
 
 
 def vicreg(z, weight=0.04):
-    """The terms variance + invariance + weight * covariance (arXiv 2105.04906)."""
+    """Variance + invariance + weight * covariance: 1/25 of the release's (arXiv 2105.04906)."""
     _, b, d = z.shape
     invariance = F.mse_loss(*two_views(z))
     variance = F.relu(1 - (z.var(1) + 1e-4).sqrt()).mean()
@@ -72,7 +72,7 @@ def vicreg(z, weight=0.04):
 
 
 def mmcr(z):
-    """The nuclear norm of the centroids grows (arXiv 2303.03307)."""
+    """Minus the nuclear norm of the centroids, by image (arXiv 2303.03307 has the sum)."""
     centroids = F.normalize(z, dim=2).mean(0)
     return -torch.linalg.matrix_norm(centroids, "nuc") / len(centroids), {}
 
@@ -95,8 +95,7 @@ def w_mse(z):
 
 def shuffled_dbn(z, group=16):
     """Shuffled-DBN: mean squared difference of the views after random groups of features have been
-    ZCA-whitened (arXiv 2105.00470, which sums over the features: its learning rate is 1/d of ours).
-    """
+    ZCA-whitened (arXiv 2105.00470, whose loss is d times this one)."""
     _, b, d = z.shape
     if d % group or b <= group:
         raise clamp.UserError(f"shuffled_dbn whitens {group} features at a time: give a last width "
@@ -117,8 +116,8 @@ def shuffled_dbn(z, group=16):
 
 
 def simsiam(z):
-    """SimSiam: the prediction from each view, z[:, :, :d/2], points to the projection of the other
-    view, z[:, :, d/2:], which gets no gradient (arXiv 2011.10566)."""
+    """SimSiam: minus the cosine of each view's prediction, z[:, :, :d/2], and the other view's
+    projection, z[:, :, d/2:], which gets no gradient (arXiv 2011.10566)."""
     prediction, projection = F.normalize(z.unflatten(2, (2, -1)), dim=3).unbind(2)
     return -across_views(prediction, projection.detach()), {}
 
@@ -129,9 +128,9 @@ def byol(z):
 
 
 def swav(z, temperature=0.1, epsilon=0.03, rounds=3):
-    """SwAV with two crops and no queue: each view predicts the other's assignment to prototypes
-    from its scores z [m, b, prototypes] (arXiv 2006.09882). The release has epsilon 0.05, and
-    advises 0.03 against a collapse, at which the loss is the logarithm of their number."""
+    """SwAV with two crops, no queue and no frozen prototypes: each view predicts the other's
+    assignment to prototypes from its scores z [m, b, prototypes] (arXiv 2006.09882). The release
+    has epsilon 0.05, and advises 0.03 if the loss stays at log(prototypes), which is a collapse."""
     assignment = (z.detach() / epsilon).exp()
     for _ in range(rounds):  # Sinkhorn-Knopp, for each view
         assignment = assignment / assignment.sum(1, keepdim=True)  # prototypes share images equally
@@ -139,15 +138,15 @@ def swav(z, temperature=0.1, epsilon=0.03, rounds=3):
     return -across_views(assignment, (z / temperature).log_softmax(2)), {}
 
 
-def ce_ssl(z, weight=0.4):
+def ce_ssl(z, weight=0.4, temperature=0.1):
     """CE-SSL (Yerxa et al., NeurIPS 2024): SimCLR of z[:, :, :d/2], and SimCLR of the differences
     that the two views make in z[:, :, d/2:]. Images 2k and 2k + 1 have the same two views, so their
     differences should agree, and differ from those of other pairs."""
     invariant, equivariant = z.chunk(2, 2)
     first, second = two_views(equivariant)
     differences = (first - second).unflatten(0, (-1, 2)).transpose(0, 1)  # [2, b / 2, d / 2]
-    loss = (1 - weight) * simclr(invariant)[0], weight * simclr(differences)[0]
-    return sum(loss), {"invariant part": loss[0].detach()}
+    (same, _), (change, _) = simclr(invariant, temperature), simclr(differences, temperature)
+    return (1 - weight) * same + weight * change, {"invariant part": same.detach()}
 
 
 def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
@@ -217,7 +216,8 @@ class Prototypes(nn.Linear):
     def forward(self, x):
         with torch.no_grad():
             self.weight.copy_(F.normalize(self.weight))
-        return super().forward(F.normalize(x))
+        with torch.autocast(x.device.type, enabled=False):  # bf16 is coarse beside epsilon
+            return super().forward(F.normalize(x.float()))
 
 
 def build_swav(args):
@@ -272,8 +272,7 @@ METHODS = {
 def main(method="", *flags):
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
-    default = dict(network=build_network, augment=None, flags="")
-    parts = default | METHODS[method]
+    parts = dict(network=build_network, augment=None, flags="") | METHODS[method]
     numbers = {p.name: p.default for p in signature(parts["loss"]).parameters.values()
                if type(p.default) in (int, float)}
     parser = argparse.ArgumentParser("peers.py", add_help=False, allow_abbrev=False)
@@ -281,8 +280,8 @@ def main(method="", *flags):
         parser.add_argument(f"--{name}", type=type(numbers[name]), default=numbers[name])
     own, flags = parser.parse_known_args(flags)
     args = clamp.parse_args([*parts["flags"].split(), "--out", f"runs/{method}", *flags])
-    vars(args).update(vars(own), method=method)  # other settings do not continue the run
-    clamp.start_processes(args)  # before load_data, by which one process downloads for all
+    vars(args).update(vars(own), method=method)  # saved, and compared if a run continues
+    clamp.start_processes(args)  # before load_data: one process downloads
     data = clamp.load_data(args.data, "train", args.limit, args.seed)
     args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
