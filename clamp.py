@@ -144,7 +144,7 @@ def hue(x, change):
     chroma = value - x.amin(1, keepdim=True)
     side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # A channel is largest within 1 of its own angle, and smallest from 2 on.
+    # A channel is largest if `angle` is within 1 of its own, and smallest if it is 2 away or more.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
@@ -169,7 +169,7 @@ def normalize(x):
 @dataclass
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
-    the steps of SimCLR and BYOL. View k uses entry k of blur_p and solarize_p, cyclically. Images
+    the steps of SimCLR and BYOL. The views use the entries of blur_p and solarize_p in turn. Images
     may also be crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
@@ -220,7 +220,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if max(tops[-1], lefts[-1]) > p:  # the last place misses the first pixel
+        if max(tops[-1], lefts[-1]) > p:  # in its last place the kernel misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
         taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
@@ -244,7 +244,7 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
 
 
 def build_network(args):
-    """Backbone, and projector (Linear-ReLU-...-Linear) for training alone."""
+    """The backbone, and the projector (Linear-ReLU-...-Linear), which only training uses."""
     network = nn.Sequential()  # runs its attributes in this order
     network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
     network.projector = torchvision.ops.MLP(network.backbone.num_features, args.projector)
@@ -365,7 +365,7 @@ def list_pictures(path, split):
         root = path / "val"
     if not root.is_dir():
         raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # all as one
+    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # unlabelled
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
@@ -541,7 +541,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if start:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {}: not fp16
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if not fp16
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -572,7 +572,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             if (rank, epoch, step) == (0, 0, 0):
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # seldom: it makes GPUs wait
+            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # each read-out stops a GPU
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
                 weight_norm = nn.utils.get_total_norm(network.parameters())

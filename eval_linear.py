@@ -47,9 +47,9 @@ def load_backbone(path, pretrained=True, backbone=None):
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if backbone is None:  # not with zero_init, which would lower the untrained floor
+        if backbone is None:  # zero_init would lower the untrained floor
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():
+        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():  # refused
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
@@ -116,7 +116,7 @@ def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier with each learning rate, side by side: SGD with momentum 0.9 and a
     cosine schedule, from zero. Returns their logits of test, [len(rates), n, classes]."""
     mean, std = train.features.mean(0), train.features.std(0)
-    std = std.clamp(min=0.01 * std.mean().item())  # a constant one may vary in crops
+    std = std.clamp(min=0.01 * std.mean().item())  # a constant feature may vary in crops
 
     def standardise(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # the weight of the 1 is the bias

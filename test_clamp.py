@@ -174,6 +174,7 @@ class FixedViews(clamp.MultiViewAugment):
     """The same shifts of every image each time, so that all processes make the same views."""
 
     def __call__(self, images):
+        assert (self.size, self.crop_scale, self.jitter[0]) == (32, [0.2, 1.0], 0.4)  # the flags'
         x = clamp.normalize(images / 255)
         return torch.stack([x, x.roll(5, 3), x.flip(3)])
 
