@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -288,8 +289,8 @@ def lr_scale(step, warmup, total):
 
 
 # -------- data
-# Images are a uint8 tensor [n, 3, H, W], or PictureFiles (see read_pictures). Labels are int64 [n],
-# and -1 if unknown. Training uses them for its k-NN read-out only.
+# Images are a uint8 tensor [n, 3, H, W], or a numpy array of n file names (see keep_in_memory).
+# Labels are int64 [n], and -1 if unknown. Training uses them for its k-NN read-out only.
 DATASETS = "patterns", "cifar10", "cifar100"
 
 
@@ -338,9 +339,8 @@ def load_data(name, split, limit=None, seed=0):
         images, labels = list_pictures(Path(name), split)
     if limit:
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
-        images = images[kept] if torch.is_tensor(images) else [images[k] for k in kept]
-        labels = labels[kept]
-    return images if torch.is_tensor(images) else read_pictures(images), labels
+        images, labels = images[kept], labels[kept]
+    return images if torch.is_tensor(images) else keep_in_memory(images), labels
 
 
 def download(name, split):
@@ -369,42 +369,41 @@ def list_pictures(path, split):
     samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise UserError(f"--data {path}: no pictures in {root}")
-    return [file for file, _ in samples], torch.tensor([label for _, label in samples])
+    files, labels = zip(*samples)
+    return np.array(files), torch.tensor(labels)
 
 
-@dataclass
-class PictureFiles:
-    """images[k] decodes the k-th file to uint8 [3, H, W], or raises UserError."""
-    files: list
-    transform: object = None
-
-    def __getitem__(self, k):
-        try:
-            picture = v2.functional.pil_to_tensor(folder.default_loader(self.files[k]))
-        except Exception as error:  # Pillow raises many types
-            raise UserError(f"{self.files[k]}: cannot be decoded ({error}); remove it") from None
-        return self.transform(picture) if self.transform else picture
+def read_picture(file):
+    """The picture in a file, uint8 [3, H, W]."""
+    try:
+        return v2.functional.pil_to_tensor(folder.default_loader(file))
+    except Exception as error:  # Pillow raises many types
+        raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
 
 
-def read_pictures(files):
-    """One tensor, if all have one size up to 256 px and fit into 4 GB, and PictureFiles if not."""
-    pictures, images = PictureFiles(files), []
-    for k in tqdm(range(len(files)), "decoding", leave=False, disable=rank_and_world()[0] > 0):
-        images.append(pictures[k])
-        shape, first = images[k].shape, images[0].shape
+def keep_in_memory(files):
+    """One tensor, if all have one size up to 256 px and fit into 4 GB, and the files if not."""
+    images = []
+    for file in tqdm(files, "decoding", leave=False, disable=rank_and_world()[0] > 0):
+        images.append(read_picture(file))
+        shape, first = images[-1].shape, images[0].shape
         if shape != first or max(shape) > 256 or first.numel() * len(files) > 2**32:
-            return pictures
+            return files
     return torch.stack(images)
+
+
+def load_batch(files, transform):
+    return torch.utils.data.default_collate([transform(read_picture(file)) for file in files])
 
 
 def image_batches(images, batches, transform, device, workers=0):
     """Iterate over the images of each row of indices in `batches`. `workers` processes decode and
-    transform PictureFiles. A tensor is only indexed."""
+    transform files. A tensor is only indexed."""
     if torch.is_tensor(images):
         return (images[rows.to(images.device, non_blocking=True)] for rows in batches)
     loader = torch.utils.data.DataLoader(
-        PictureFiles(images.files, transform), batch_sampler=[rows.tolist() for rows in batches],
-        num_workers=workers, pin_memory=device.type == "cuda")
+        images, batch_sampler=[rows.tolist() for rows in batches], num_workers=workers,
+        collate_fn=partial(load_batch, transform=transform), pin_memory=device.type == "cuda")
     return (pictures.to(device, non_blocking=True) for pictures in loader)
 
 
@@ -423,7 +422,7 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # crop() does nothing to PictureFiles, which are cropped as they are loaded
+    # crop() does nothing to pictures from files, which have been cropped as they were loaded
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
     return torch.cat(parts).to(device)  # torch.cat on a GPU takes twice the memory
 

@@ -66,7 +66,7 @@ def labelled_rows(images, labels, part, seed):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         classes = [order[labels[order] == k] for k in labels.unique()]
         return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
-    names, files = set(Path(part).read_text().split()), getattr(images, "files", [])
+    names, files = set(Path(part).read_text().split()), [] if torch.is_tensor(images) else images
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
         raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -387,7 +388,7 @@ def test_folders(tmp_path):
 
     write_pictures(tmp_path / "flat" / "nested", 4, ((40, 50), (70, 30)))
     images, labels = clamp.load_data(str(tmp_path / "flat"), "train")
-    assert [Path(f).name for f in images.files] == ["000.jpg", "001.png", "002.jpg", "003.png"]
+    assert [Path(f).name for f in images] == ["000.jpg", "001.png", "002.jpg", "003.png"]
     assert (labels == -1).all()
 
 
@@ -501,15 +502,14 @@ def test_finetuning_by_hand(monkeypatch):
 
 def test_labels_by_fraction_and_by_list(tmp_path):
     labels = torch.tensor([0] * 40 + [1] * 80 + [3] * 3)
-    files = clamp.PictureFiles([f"{k}/{i:03}.jpg" for i, k in enumerate(labels.tolist())])
+    files = np.array([f"{k}/{i:03}.jpg" for i, k in enumerate(labels.tolist())])
     rows = eval_linear.labelled_rows(files, labels, 0.1, seed=0)
     assert labels[rows].bincount().tolist() == [4, 8, 0, 1] and len(set(rows.tolist())) == 13
     assert not torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=1))
     (tmp_path / "list").write_text("002.jpg 100.jpg\n")
     assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
     with pytest.raises(clamp.UserError, match="of its 2 names, 0 belong"):
-        files = clamp.PictureFiles(files.files[:2])
-        eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0)
+        eval_linear.labelled_rows(files[:2], labels, str(tmp_path / "list"), 0)
 
 
 # -------- training

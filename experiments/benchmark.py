@@ -183,7 +183,7 @@ def benchmark(quick=False):
             return [augment(x) for x in crops]
 
         loader = torch.utils.data.DataLoader(
-            UsualFolder(pictures.files, 4, usual_transform(size, 23)), 64, num_workers=1)
+            UsualFolder(pictures, 4, usual_transform(size, 23)), 64, num_workers=1)
         ours, theirs = seconds(stream, device), seconds(lambda: list(loader), cpu)
         print(f"streamed photographs, 1 worker, 4 views of {size} px: {4 * n / ours:.0f} views/s, "
               f"each view decoded and transformed in the loader {4 * n / theirs:.0f}: "
