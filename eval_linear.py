@@ -17,7 +17,7 @@ import argparse
 import copy
 import json
 import math
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -28,17 +28,8 @@ from tqdm import tqdm
 
 import clamp
 
-
-@dataclass
-class Split:
-    """The images `rows` [n] of a data set, with their labels [n] and features [n, f]."""
-    images: object
-    rows: torch.Tensor
-    labels: torch.Tensor
-    features: torch.Tensor
-
-    def __getitem__(self, part):  # part: a slice
-        return Split(self.images, self.rows[part], self.labels[part], self.features[part])
+# n images as in clamp.py, their labels [n] and their features [n, f]
+Split = namedtuple("Split", "images labels features")
 
 
 def load_backbone(path, pretrained=True, backbone=None):
@@ -74,25 +65,25 @@ def labelled_rows(images, labels, part, seed):
     return rows
 
 
-def extract(network, images, rows, options):
-    """network's outputs [n, f] for the images `rows`. Each process computes a part of them."""
-    rank, world = clamp.rank_and_world()
-    share = math.ceil(len(rows) / world)
-    padded = rows[torch.arange(share * world) % len(rows)]
-    part = clamp.extract_features(network, images, padded.view(world, share)[rank], **options)
+def extract(network, images, options):
+    """network's outputs [n, f] for n images. Each process computes an equal share of them."""
+    (rank, world), n = clamp.rank_and_world(), len(images)
+    share = math.ceil(n / world)
+    rows = torch.arange(rank * share, (rank + 1) * share) % n  # the last share may be too long
+    part = clamp.extract_features(network, images, rows, **options)
     if world == 1:
         return part
     features = part.new_zeros(world, *part.shape)  # gather() would hold them three times
     features[rank] = part
     torch.distributed.all_reduce(features)
-    return features.flatten(0, 1)[:len(rows)]
+    return features.flatten(0, 1)[:n]
 
 
 def batches(train, args, options):
     """Yield for each step the factor on the learning rate, the batch as indices into train, in
     which process 0's share comes first, and the views of this process's own share, or None without
     --augment and --finetune."""
-    (rank, world), n = clamp.rank_and_world(), len(train.rows)
+    (rank, world), n = clamp.rank_and_world(), len(train.labels)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
         raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
@@ -105,7 +96,7 @@ def batches(train, args, options):
         torch.manual_seed(world * seed + rank)
         views = [None] * steps
         if args.augment or args.finetune:
-            pictures = clamp.image_batches(train.images, train.rows[order[:, rank]], augment.crop,
+            pictures = clamp.image_batches(train.images, order[:, rank], augment.crop,
                                            options["device"], options["workers"])
             views = (augment(x)[0] for x in pictures)
         scale = [clamp.lr_scale(epoch * steps + k, 0, args.epochs * steps) for k in range(steps)]
@@ -159,17 +150,16 @@ def finetune(train, test, rates, classes, backbone, args, options):
             scaler.update()
         for statistic in (network.buffers() if world > 1 else []):  # each process has its own
             torch.distributed.broadcast(statistic, 0)
-        logits.append(extract(network.eval(), test.images, test.rows, options))
+        logits.append(extract(network.eval(), test.images, options))
     return torch.stack(logits)
 
 
-def make_split(images, labels, rows, backbone, options):
+def make_split(images, labels, backbone, options):
     if labels.min() < 0:
         raise clamp.UserError("--data: has no labels; evaluation needs train/<class>/ and "
                               "test/<class>/ or val/<class>/")
     images = images.to(options["device"]) if torch.is_tensor(images) else images
-    features = extract(backbone, images, rows, options)
-    return Split(images, rows, labels[rows].to(options["device"]), features)
+    return Split(images, labels.to(options["device"]), extract(backbone, images, options))
 
 
 def accuracy(logits, labels, k=1):
@@ -189,25 +179,25 @@ def evaluate(args, backbone=None, data=None):
     backbone, saved = load_backbone(args.run, not args.random_init, backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     name = args.data or saved["settings"]["data"]
-    train, test = data or (clamp.load_data(name, "train", args.limit, args.seed),
-                           clamp.load_data(name, "test"))
+    (images, labels), test = data or (clamp.load_data(name, "train", args.limit, args.seed),
+                                      clamp.load_data(name, "test"))
     options = dict(size=saved["settings"]["size"], device=device, dtype=dtype, workers=args.workers)
-    rows = labelled_rows(*train, args.labels, args.seed)
+    rows = labelled_rows(images, labels, args.labels, args.seed)
     rows = rows[torch.randperm(len(rows))]  # because the first tenth of them is held out
-    train = make_split(*train, rows, backbone, options)
-    test = make_split(*test, torch.arange(len(test[1])), backbone, options)
+    train = make_split(images[rows], labels[rows], backbone, options)
+    test = make_split(*test, backbone, options)
 
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
     tenth = math.ceil(len(rows) / 10)
-    sweep = [accuracy(logits, train.labels[:tenth])
-             for logits in fit(train[tenth:], train[:tenth], args.lr)]
+    held_out, rest = Split(*(x[:tenth] for x in train)), Split(*(x[tenth:] for x in train))
+    sweep = [accuracy(logits, held_out.labels) for logits in fit(rest, held_out, args.lr)]
     lr = args.lr[sweep.index(max(sweep))]
     logits, = fit(train, test, [lr])
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "n_train": len(rows), "n_test": len(test.rows), "data": "own" if data else name}
+              "n_train": len(rows), "n_test": len(test.labels), "data": "own" if data else name}
     if clamp.rank_and_world()[0] == 0:
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")

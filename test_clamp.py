@@ -446,7 +446,7 @@ def fit_options(*flags):
     torch.manual_seed(0)
     images, labels = (255 * torch.rand(50, 3, 8, 8)).byte(), torch.arange(50) % 4
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 5, bias=False))
-    split = eval_linear.make_split(images, labels, torch.arange(50), backbone, options)
+    split = eval_linear.make_split(images, labels, backbone, options)
     return split, dict(classes=4, backbone=backbone, args=args, options=options)
 
 
