@@ -148,9 +148,8 @@ def finetune(train, test, rates, classes, backbone, args, options):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        for statistic in (network.buffers() if world > 1 else []):  # each process has its own
-            torch.distributed.broadcast(statistic, 0)
-        logits.append(extract(network.eval(), test.images, options))
+        # Each process has its own batch norm statistics. DDP replaces them by the first one's.
+        logits.append(extract(model.eval(), test.images, options))
     return torch.stack(logits)
 
 
