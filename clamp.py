@@ -259,26 +259,19 @@ def embed(network, x, dtype):
         return network(pictures).float().view(*x.shape[:-3], -1)
 
 
-class LARS(torch.optim.SGD):
-    """SGD with momentum that replaces the gradient g of each weight tensor w by
+@torch.no_grad()
+def lars(optimizer, eta, weight_decay):
+    """Replace the gradient g of each weight tensor w by
     eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the
     fraction if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
-
-    def __init__(self, params, lr, eta=1e-3, weight_decay=0.0, momentum=0.9):
-        super().__init__(params, lr, momentum)  # SGD's own weight decay would include biases
-        self.eta, self.decay = eta, weight_decay
-
-    @torch.no_grad()
-    def step(self):
-        weights = [p for p in self.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
-        grads = [p.grad for p in weights]
-        if self.eta:
-            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
-            ratio = self.eta * w_norm / (g_norm + self.decay * w_norm + 1e-8)
-        torch._foreach_add_(grads, weights, alpha=self.decay)
-        if self.eta:
-            torch._foreach_mul_(grads, ratio.where((w_norm > 0) & (g_norm > 0), 1).unbind())
-        super().step()
+    weights = [p for p in optimizer.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
+    grads = [p.grad for p in weights]
+    if eta:
+        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
+        ratio = eta * w_norm / (g_norm + weight_decay * w_norm + 1e-8)
+    torch._foreach_add_(grads, weights, alpha=weight_decay)
+    if eta:
+        torch._foreach_mul_(grads, ratio.where((w_norm > 0) & (g_norm > 0), 1).unbind())
 
 
 def lr_scale(step, warmup, total):
@@ -535,7 +528,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = LARS(network.parameters(), args.lr, args.eta, args.weight_decay)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if start:
         network.load_state_dict(checkpoint["network"])
@@ -564,6 +557,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             loss, numbers = loss_fn(gather(embed(model, views, dtype)))
             optimizer.zero_grad()
             scaler.scale(world * loss).backward()  # see gather()
+            scaler.unscale_(optimizer)
+            lars(optimizer, args.eta, args.weight_decay)
             scaler.step(optimizer)
             scaler.update()
             bar.update()

@@ -324,7 +324,7 @@ def test_lars_by_hand(eta):
     torch.manual_seed(0)
     weight, bias, zero = torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)
     params = [nn.Parameter(p.clone()) for p in (weight, bias, zero)]
-    optimizer = clamp.LARS(params, lr=0.5, eta=eta, weight_decay=0.01)
+    optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.9)
     velocity = [0, 0, 0]
     for _ in range(3):
         grads = [torch.randn_like(p) for p in params]
@@ -337,6 +337,7 @@ def test_lars_by_hand(eta):
                 g = g + 0.01 * p
             velocity[k] = 0.9 * velocity[k] + scale * g
         weight, bias, zero = (p - 0.5 * v for p, v in zip((weight, bias, zero), velocity))
+        clamp.lars(optimizer, eta, weight_decay=0.01)
         optimizer.step()
         torch.testing.assert_close([p.detach() for p in params], [weight, bias, zero])
 
