@@ -1,22 +1,20 @@
 """Tests of clamp.py and eval_linear.py against independent references, without network or GPU."""
 
+import itertools
 import json
 import math
 import os
-import pickle
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
@@ -30,15 +28,12 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = ["--epochs", "3", "--limit", "96", "--batch-size", "32", "--views", "2", "--projector",
         "32", "16", "--workers", "1"]
-PAPER = dict(center=False, max_reach=math.inf)
 
 
-def embeddings(m, b, d, noise=0.3, seed=0, dtype=torch.float64):
-    """b clouds of m points in d dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.randn(b, d, generator=generator, dtype=torch.float64)
-    offsets = noise * torch.randn(m, b, d, generator=generator, dtype=torch.float64)
-    return (centers + offsets).to(dtype)
+def embeddings(m, b, d, noise=0.3):
+    """b clouds of m points in d dimensions, in float64."""
+    torch.manual_seed(0)
+    return torch.randn(b, d, dtype=torch.float64) + noise * torch.randn(m, b, d)
 
 
 def tiny_network(seed=0, norm=nn.BatchNorm2d):
@@ -47,60 +42,69 @@ def tiny_network(seed=0, norm=nn.BatchNorm2d):
     return nn.Sequential(OrderedDict(backbone=backbone, projector=nn.Linear(8 * 49, 16)))
 
 
+def run(*command, code=0):
+    """Run a script as a user would; returns its result after checking the exit status."""
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def torchrun(processes, *command):
+    """Run a script, or -c and a line of Python, on several processes."""
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+               "--no-python", sys.executable, *command)
+
+
 # -------- packing loss
 
 
 def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     """The equations, one image and one pair at a time, with the full covariance matrix."""
     m, b, d = z.shape
-    mean = sum(z[k, i] for k in range(m) for i in range(b)) / (m * b) if center else 0
-    unit = [[(z[k, i] - mean) / (z[k, i] - mean).norm() for k in range(m)] for i in range(b)]
-    centers, radii = [], []
-    for views in unit:
-        middle = sum(views) / m
-        covariance = sum(torch.outer(v - middle, v - middle) for v in views) / (m - 1)
-        centers.append(middle)
-        radii.append(radius_scale * (covariance.trace() / min(m, d) + 1e-12).sqrt())
-    energy, neighbours = 0, [0] * b
-    for i in range(b):
-        for j in range(b):
-            distance = (centers[i] - centers[j]).norm() if i != j else None
-            reach = min(radii[i] + radii[j], torch.tensor(max_reach, dtype=z.dtype))
-            if i != j and 1e-3 < distance < reach:
-                energy = energy + (1 - distance / reach) ** 2 / 2
-                neighbours[i] += 1
-    return torch.log(energy + torch.tensor(1e-6)), centers, radii, neighbours
+    mean = sum(z.flatten(0, 1)) / (m * b) if center else 0
+    centers, radii, energy, neighbours = [], [], 0, 0
+    for views in (z - mean).unbind(1):
+        unit = torch.stack([view / view.norm() for view in views])
+        centers.append(sum(unit) / m)
+        radii.append(radius_scale * (unit.T.cov().trace() / min(m, d) + 1e-12).sqrt())
+    for i, j in itertools.permutations(range(b), 2):
+        distance = (centers[i] - centers[j]).norm()
+        reach = (radii[i] + radii[j]).clamp(max=max_reach)
+        if 1e-3 < distance < reach:
+            energy = energy + (1 - distance / reach) ** 2 / 2
+            neighbours += 1
+    variances = torch.linalg.eigvalsh(torch.stack(centers).T.cov(correction=0))
+    return (energy + 1e-6).log(), {
+        "radius": sum(radii) / b, "neighbours": torch.tensor(neighbours / b),
+        "spread": variances.sum().sqrt(),
+        "participation_ratio": variances.sum() ** 2 / variances.square().sum()}
 
 
 @pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 4)])
-@pytest.mark.parametrize("options", [{}, PAPER, dict(radius_scale=4.0), dict(max_reach=1.3)])
+@pytest.mark.parametrize("options", [
+    {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.3)])
 def test_loss_and_gradient_equal_the_equations(shape, options):
-    z, reference = (embeddings(*shape).requires_grad_() for _ in range(2))
-    loss, geometry = clamp.packing_loss(z, **options)
-    expected, centers, radii, neighbours = loop_loss(reference, **options)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(loss, expected.to(loss), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(z.grad, reference.grad, rtol=1e-9, atol=1e-10)
-    assert sum(neighbours) > 0
-    centers, b = torch.stack(centers).detach(), shape[1]
-    spectrum = torch.linalg.eigvalsh(torch.cov(centers.T))
-    expected = {"radius": sum(radii).item() / b, "neighbours": sum(neighbours) / b,
-                "spread": (centers - centers.mean(0)).norm(dim=1).square().mean().sqrt().item(),
-                "participation_ratio": (spectrum.sum() ** 2 / spectrum.square().sum()).item()}
-    assert {k: v.item() for k, v in geometry.items()} == pytest.approx(expected, rel=1e-6)
+    z = embeddings(*shape).requires_grad_()
+    (loss, geometry), (expected, expected_geometry) = (
+        function(z, **options) for function in (clamp.packing_loss, loop_loss))
+    gradient, expected_gradient = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(geometry, expected_geometry, rtol=1e-6, atol=0, check_dtype=False)
+    assert geometry["neighbours"] > 0
 
 
-@pytest.mark.parametrize("case", ["coincident", "one image", "zero radii", "apart", "same centres",
-                                  "bfloat16", "half"])
-def test_gradients_are_finite(case):
-    z = {"coincident": torch.ones(4, 8, 16),
-         "one image": embeddings(4, 1, 16),
-         "zero radii": embeddings(4, 8, 16, noise=0.0),
-         "apart": torch.eye(8).expand(4, 8, 8) + 1e-5 * torch.randn(4, 8, 8),
-         "same centres": embeddings(4, 1, 16).expand(4, 40, 16),
-         "bfloat16": embeddings(4, 8, 16, dtype=torch.bfloat16),
-         "half": embeddings(4, 8, 16, dtype=torch.half)}[case]
+@pytest.mark.parametrize("z", [
+    pytest.param(torch.ones(4, 8, 16), id="coincident"),
+    pytest.param(embeddings(4, 1, 16), id="one image"),
+    pytest.param(embeddings(4, 8, 16, noise=0), id="zero radii"),
+    pytest.param(torch.eye(8) + 1e-5 * torch.randn(4, 8, 8), id="apart"),
+    pytest.param(embeddings(4, 1, 16).expand(4, 40, 16), id="same centres"),
+    pytest.param(embeddings(4, 8, 16).bfloat16(), id="bfloat16"),
+    pytest.param(embeddings(4, 8, 16).half(), id="half"),
+])
+def test_gradients_are_finite(z):
     z = z.clone().requires_grad_()
     loss, geometry = clamp.packing_loss(z)
     loss.backward()
@@ -111,17 +115,14 @@ def test_gradients_are_finite(case):
 
 def test_close_centres_in_float32_have_the_gradient_of_float64():
     z = embeddings(4, 40, 32, noise=0.05)
-    z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * embeddings(1, 1, 32, noise=0, seed=1)[:, 0]
-    grads = []
-    for dtype in (torch.float64, torch.float32):
-        x = z.detach().clone().to(dtype).requires_grad_()
-        clamp.packing_loss(x)[0].backward()
-        grads.append(x.grad.double())
-    assert grads[0].any() and (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
+    z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * torch.randn(32)
+    exact, ours = (torch.autograd.grad(clamp.packing_loss(x)[0], x)[0]
+                   for x in (z.requires_grad_(), z.detach().float().requires_grad_()))
+    assert exact.any() and (ours - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_loss_ignores_autocast_and_refuses_other_shapes():
-    z = embeddings(4, 9, 6, dtype=torch.float32)
+    z = embeddings(4, 9, 6).float()
     with torch.autocast("cpu", torch.bfloat16):
         inside = clamp.packing_loss(z)[0]
     assert inside == clamp.packing_loss(z)[0]
@@ -130,88 +131,12 @@ def test_loss_ignores_autocast_and_refuses_other_shapes():
             clamp.packing_loss(wrong)
 
 
-# -------- processes
-
-
-def spawn(function, world, *args):
-    """Run function(*args) on `world` processes of one thread."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(join, (world, port, function, args), world)
-
-
-def join(rank, world, port, function, args):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo")
-    function(*args)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def contrast(z):
-    """A loss of the kind that a user may write: it compares all embeddings of all processes."""
-    return (z.flatten(0, 1) @ z.flatten(0, 1).T).logsumexp(1).mean(), {}
-
-
-def loss_of_share(folder):
-    """The losses and DDP's averages of their gradients for this process's share of 12 images."""
-    (rank, world), results = clamp.rank_and_world(), []
-    for loss_fn in (clamp.packing_loss, contrast):
-        torch.manual_seed(0)
-        model = nn.Linear(6, 5).double()
-        ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        x = embeddings(3, 12, 6)[:, rank * 12 // world:(rank + 1) * 12 // world]
-        loss, _ = loss_fn(clamp.gather(ddp(x)))
-        (world * loss).backward()
-        results += [loss.detach(), model.weight.grad]
-        del ddp
-    torch.save(results, f"{folder}/loss-{world}-{rank}.pt")
-
-
-class FixedViews(clamp.MultiViewAugment):
-    """The same shifts of every image each time, so that all processes make the same views."""
-
-    def __call__(self, images):
-        assert (self.size, self.crop_scale, self.jitter[0]) == (32, [0.2, 1.0], 0.4)  # the flags'
-        x = clamp.normalize(images / 255)
-        return torch.stack([x, x.roll(5, 3), x.flip(3)])
-
-
-def train_shares(folder):
-    loss_of_share(folder)
-    rank, world = clamp.rank_and_world()
-    # DDP gives every process the first one's weights. Batch norm has each process's statistics.
-    network = tiny_network(seed=rank, norm=nn.Identity)
-    args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
-                             "--amp", "off", "--out", f"{folder}/run-{world}"])
-    clamp.train(args, network=network, augment=FixedViews)
-
-
-def test_several_processes_have_the_gradient_of_one_and_train_alike(tmp_path):
-    train_shares(str(tmp_path))
-    for world in (2, 3, 4):
-        spawn(train_shares, world, str(tmp_path))
-    one, whole = (torch.load(tmp_path / f) for f in ("loss-1-0.pt", "run-1/checkpoint.pt"))
-    for world in (2, 3, 4):
-        for rank in range(world):
-            for a, b in zip(torch.load(tmp_path / f"loss-{world}-{rank}.pt"), one):
-                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-        network = torch.load(tmp_path / f"run-{world}" / "checkpoint.pt")["network"]
-        torch.testing.assert_close(network, whole["network"], rtol=1e-3, atol=2e-5)
-        ours, expected = (read_log(tmp_path / f"run-{n}")[2] for n in (world, 1))
-        assert ours == pytest.approx(expected, rel=1e-3)
-
-
 # -------- augmentation
 
 
-def pictures(n=12, height=20, width=28, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(n, 3, height // 4, width // 4, generator=generator)
-    x = F.interpolate(noise, (height, width), mode="bilinear")
+def pictures(n=12, height=20, width=28):
+    torch.manual_seed(0)
+    x = F.interpolate(torch.rand(n, 3, height // 4, width // 4), (height, width), mode="bilinear")
     x[0] = 0.5  # grey: no hue, no saturation
     x[1] = x[1].round()  # corners of the colour cube
     return x
@@ -222,9 +147,7 @@ def pictures(n=12, height=20, width=28, seed=0):
     (clamp.contrast, lambda x, change: TF.adjust_contrast(x, 1 + change), -0.8, 0.8),
     (clamp.saturation, lambda x, change: TF.adjust_saturation(x, 1 + change), -0.8, 0.8),
     (clamp.hue, TF.adjust_hue, -0.5, 0.5),
-    (lambda x, s: clamp.gaussian_blur(x, s, 3), lambda x, s: TF.gaussian_blur(x, 3, s), 0.1, 2),
     (lambda x, s: clamp.gaussian_blur(x, s, 9), lambda x, s: TF.gaussian_blur(x, 9, s), 0.1, 2),
-    (lambda x, _: clamp.normalize(x), lambda x, _: TF.normalize(x, clamp.MEAN, clamp.STD), 0, 1),
 ])
 def test_operators_equal_torchvision(ours, theirs, low, high):
     x = pictures()
@@ -259,30 +182,29 @@ def test_boxes_are_distributed_as_torchvisions():
         assert (boxes.T == torch.tensor(box)).all()
 
 
-def test_views_equal_torchvision_given_the_same_parameters():
+def test_fifth_view_equals_torchvision_given_the_same_parameters():
     """Draws again, in the order of the steps, what the augmentation drew."""
-    augment = clamp.MultiViewAugment(40, 2, (1, 1), blur_p=[1.0, 0.3], solarize_p=[0.0, 0.6])
+    augment = clamp.MultiViewAugment(40, 5, blur_p=[1.0, 0.3, 0.0], solarize_p=[0.0, 0.6, 1.0])
     x = pictures(40, 16, 16)
-    operators = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    for k in range(2):
-        torch.manual_seed(k)
-        views = augment.photometric(x, k)
-        torch.manual_seed(k)
-        flip, jitter = torch.rand(40) < 0.5, torch.rand(40) < 0.8
-        order = torch.randperm(4).tolist()
-        changes = {j: torch.empty(40).uniform_(-1, 1) * augment.jitter[j] for j in order}
-        gray, blur = torch.rand(40) < 0.2, torch.rand(40) < augment.blur_p[k]
-        sigma, solarize = torch.empty(40).uniform_(0.1, 2.0), torch.rand(40) < augment.solarize_p[k]
-        for i in range(40):
-            y = TF.hflip(x[i]) if flip[i] else x[i]
-            for j in order if jitter[i] else []:
-                y = operators[j](y, changes[j][i].item() + (j < 3))
-            y = TF.rgb_to_grayscale(y, 3) if gray[i] else y
-            y = TF.gaussian_blur(y, 5, sigma[i].item()) if blur[i] else y
-            y = TF.solarize(y, 0.5) if solarize[i] else y
-            # a pixel on the threshold of solarising may fall on either side
-            different = (views[i] - TF.normalize(y, clamp.MEAN, clamp.STD)).abs() > 1e-4
-            assert different.float().mean() < (0.01 if solarize[i] else 1e-9)
+    torch.manual_seed(0)
+    views = augment.photometric(x, 4)
+    torch.manual_seed(0)
+    flip, jitter = torch.rand(40) < 0.5, torch.rand(40) < 0.8
+    order = torch.randperm(4).tolist()
+    changes = {j: torch.empty(40).uniform_(-1, 1) * augment.jitter[j] for j in order}
+    gray, blur = torch.rand(40) < 0.2, torch.rand(40) < 0.3
+    sigma, solarize = torch.empty(40).uniform_(0.1, 2.0), torch.rand(40) < 0.6
+    adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    for i in range(40):
+        y = TF.hflip(x[i]) if flip[i] else x[i]
+        for j in order if jitter[i] else []:
+            y = adjust[j](y, changes[j][i].item() + (j < 3))
+        y = TF.rgb_to_grayscale(y, 3) if gray[i] else y
+        y = TF.gaussian_blur(y, 5, sigma[i].item()) if blur[i] else y
+        y = TF.solarize(y, 0.5) if solarize[i] else y
+        # a pixel on the threshold of solarising may fall on either side
+        different = (views[i] - TF.normalize(y, clamp.MEAN, clamp.STD)).abs() > 1e-4
+        assert different.float().mean() < (0.01 if solarize[i] else 1e-9)
 
 
 def test_every_view_of_every_image_is_its_own():
@@ -322,24 +244,21 @@ def test_backbone_has_torchvisions_keys_outputs_and_gradients(arch, features, st
 @pytest.mark.parametrize("eta", [0.1, 0])
 def test_lars_by_hand(eta):
     torch.manual_seed(0)
-    weight, bias, zero = torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)
-    params = [nn.Parameter(p.clone()) for p in (weight, bias, zero)]
+    expected = [torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)]  # weight, bias, zero weight
+    params = [nn.Parameter(p.clone()) for p in expected]
     optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.9)
     velocity = [0, 0, 0]
     for _ in range(3):
-        grads = [torch.randn_like(p) for p in params]
-        for k, (p, g) in enumerate(zip((weight, bias, zero), grads)):
-            params[k].grad = g.clone()
-            scale = 1
+        for k, p in enumerate(expected):
+            params[k].grad = g = torch.randn_like(p)
             if p.ndim > 1:
-                if eta and p.any():
-                    scale = eta * p.norm() / (g.norm() + 0.01 * p.norm())
-                g = g + 0.01 * p
-            velocity[k] = 0.9 * velocity[k] + scale * g
-        weight, bias, zero = (p - 0.5 * v for p, v in zip((weight, bias, zero), velocity))
+                scale = eta * p.norm() / (g.norm() + 0.01 * p.norm()) if eta and p.any() else 1
+                g = scale * (g + 0.01 * p)
+            velocity[k] = 0.9 * velocity[k] + g
+            expected[k] = p - 0.5 * velocity[k]
         clamp.lars(optimizer, eta, weight_decay=0.01)
         optimizer.step()
-        torch.testing.assert_close([p.detach() for p in params], [weight, bias, zero])
+        torch.testing.assert_close([p.detach() for p in params], expected)
 
 
 def test_schedule():
@@ -367,10 +286,11 @@ def test_patterns_are_balanced_seeded_disjoint_grey_and_not_told_by_pixels():
 
 def write_pictures(folder, n, sizes=((32, 32),), seed=0):
     folder.mkdir(parents=True)
+    torch.manual_seed(seed)
     for k in range(n):
         width, height = sizes[k % len(sizes)]
-        x = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed + k))
-        TF.to_pil_image(x).save(folder / f"{k:03}.{'png' if k % 2 else 'jpg'}")
+        picture = TF.to_pil_image(torch.rand(3, height, width))
+        picture.save(folder / f"{k:03}.{'png' if k % 2 else 'jpg'}")
 
 
 def test_folders(tmp_path):
@@ -394,13 +314,12 @@ def test_folders(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [((32, 32),), ((40, 50), (70, 30))])
-def test_a_broken_picture_is_named(sizes, tmp_path):
-    write_pictures(tmp_path / "train" / "ant", 6, sizes)
-    file = tmp_path / "train" / "ant" / "002.jpg"
+def test_a_broken_picture_is_named(sizes, tmp_path, capfd):
+    write_pictures(tmp_path / "ant", 32, sizes)
+    file = tmp_path / "ant/002.jpg"
     file.write_bytes(file.read_bytes()[:400])
-    with pytest.raises(clamp.UserError, match="ant/002.jpg: cannot be decoded .*; remove it"):
-        images, _ = clamp.load_data(str(tmp_path), "train")  # reads all if they have one size
-        list(clamp.image_batches(images, torch.arange(6)[None], torch.clone, CPU, workers=1))
+    line = refusal(capfd, clamp, *TINY, "--data", tmp_path, "--out", tmp_path / "run")
+    assert "ant/002.jpg: cannot be decoded" in line and line.endswith("; remove it")
 
 
 def test_streamed_views_come_from_the_right_picture(tmp_path):
@@ -427,21 +346,18 @@ def test_knn_equals_a_loop():
     bank, labels = torch.randn(60, 4), torch.arange(60) % 3
     bank += F.one_hot(labels, 4) * 1.5
     queries = bank + torch.randn(60, 4)
-
-    def classify(query, bank, labels):
-        cosine = [F.cosine_similarity(query, row, dim=0).item() for row in bank]
-        votes = [0.0] * 3
-        for i in sorted(range(len(bank)), key=lambda i: -cosine[i])[:5]:
+    correct = 0
+    for query, label in zip(queries, labels):
+        cosine, votes = F.cosine_similarity(query, bank), [0.0] * 3
+        for i in cosine.argsort(descending=True)[:5]:
             votes[labels[i]] += math.exp(cosine[i] / 0.07)
-        return votes.index(max(votes))
-
-    correct = [classify(q, bank, labels) == y for q, y in zip(queries, labels)]
+        correct += votes.index(max(votes)) == label
     ours = clamp.knn_accuracy(bank, labels, queries, labels, k=5)
-    assert ours == pytest.approx(100 * sum(correct) / 60)
+    assert ours == pytest.approx(100 * correct / 60)
 
 
 def fit_options(*flags):
-    """What probe() and finetune() take: images of 8 px, features that are their means."""
+    """What probe() and finetune() take: images of 8 px, and five features of each."""
     args = eval_linear.parse_args(["run", "--batch-size", "20", *flags])
     options = dict(size=8, device=CPU, dtype=torch.float32, workers=0)
     torch.manual_seed(0)
@@ -451,11 +367,20 @@ def fit_options(*flags):
     return split, dict(classes=4, backbone=backbone, args=args, options=options)
 
 
-def batch_rows(args):
-    """The rows of every step's batch, as eval_linear's batches() draws them."""
-    for epoch in range(args.epochs):
+def torch_logits(network, rates, x, labels, epochs):
+    """Logits of x after torch's SGD with a learning rate for each layer, on the batches that
+    eval_linear's batches() draws."""
+    groups = [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(network, rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * epochs)
+    for epoch in range(epochs):
         order = torch.randperm(50, generator=torch.Generator().manual_seed(epoch))
-        yield from order[:40].view(2, 20)
+        for rows in order[:40].view(2, 20):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x[rows]), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return network(x).detach()
 
 
 def test_probe_equals_separate_torch_classifiers():
@@ -465,39 +390,20 @@ def test_probe_equals_separate_torch_classifiers():
     for rate, logits in zip(rates, eval_linear.probe(split, split, rates, **options)):
         head = nn.Linear(5, 4)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-        optimizer = torch.optim.SGD(head.parameters(), lr=rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
-        for rows in batch_rows(options["args"]):
-            optimizer.zero_grad()
-            F.cross_entropy(head(x[rows]), split.labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-        torch.testing.assert_close(logits, head(x).detach(), rtol=1e-4, atol=1e-5)
+        expected = torch_logits(nn.Sequential(head), [rate], x, split.labels, epochs=4)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_finetuning_by_hand(monkeypatch):
-    """The backbone's learning rate is 0.05 of the classifier's; momentum and cosine."""
+def test_finetuning_equals_torch_with_a_slower_backbone(monkeypatch):
     split, options = fit_options("--finetune", "--epochs", "3")
-    plain = dict(jitter_p=0, gray_p=0, blur_p=[0])
-    augment = clamp.MultiViewAugment
-    whole = augment(8, 1, (1, 1), 0, **plain)
-    monkeypatch.setattr(clamp, "MultiViewAugment", lambda *_, **__: whole)
+    monkeypatch.setattr(clamp.MultiViewAugment, "__call__",
+                        lambda _, images: clamp.normalize(images / 255)[None])
     torch.manual_seed(1)
     ours, = eval_linear.finetune(split, split, [0.4], **options)
     torch.manual_seed(1)
-    head = nn.Linear(5, 4)
-    weights = [w.detach() for w in (options["backbone"][1].weight, head.weight, head.bias)]
+    network = nn.Sequential(options["backbone"][1], nn.Linear(5, 4)).requires_grad_()
     x = TF.normalize(split.images / 255, clamp.MEAN, clamp.STD).flatten(1)
-    velocities = [0, 0, 0]
-    for step, rows in enumerate(batch_rows(options["args"])):
-        weights = [w.requires_grad_() for w in weights]
-        logits = x[rows] @ weights[0].T @ weights[1].T + weights[2]
-        F.cross_entropy(logits, split.labels[rows]).backward()
-        rate = 0.4 * (1 + math.cos(math.pi * step / 6)) / 2
-        velocities = [0.9 * v + w.grad for v, w in zip(velocities, weights)]
-        weights = [(w - rate * scale * v).detach()
-                   for w, v, scale in zip(weights, velocities, (0.05, 1, 1))]
-    expected = x @ weights[0].T @ weights[1].T + weights[2]
+    expected = torch_logits(network, [0.05 * 0.4, 0.4], x, split.labels, epochs=3)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -520,16 +426,6 @@ def train_once(out, *flags, loss_fn=None):
     clamp.train(clamp.parse_args([*TINY, "--out", str(out), *flags]), loss_fn, tiny_network())
 
 
-def fail_at(monkeypatch, call):
-    """The given call of the packing loss, which is the default loss, is interrupted."""
-    def interrupted(*args, calls=[], loss=clamp.packing_loss, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return loss(*args, **kwargs)
-    monkeypatch.setattr(clamp, "packing_loss", interrupted)
-
-
 def read_log(folder):
     """The lines of log.jsonl, without the time they took."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -538,14 +434,38 @@ def read_log(folder):
 
 
 def assert_same_runs(whole, other):
-    a, b = (torch.load(out / "checkpoint.pt") for out in (whole, other))
-    torch.testing.assert_close(a["network"], b["network"], rtol=0, atol=0)
-    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
-    a, b = (torch.load(out / "backbone.pt") for out in (whole, other))
-    assert a["epoch"] == b["epoch"] == 3
-    torch.testing.assert_close(a["backbone"], b["backbone"], rtol=0, atol=0)
-    assert read_log(whole) == read_log(other) and len(read_log(whole)) == 3
+    a, b = (torch.load(out / "checkpoint.pt") | torch.load(out / "backbone.pt")
+            for out in (whole, other))
+    for part in ("epoch", "network", "optimizer", "backbone"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+    assert read_log(whole) == read_log(other) and len(read_log(whole)) == a["epoch"] == 3
     assert not list(other.glob("*.part"))
+
+
+class FixedViews(clamp.MultiViewAugment):
+    """The same shifts of every image each time, so that all processes make the same views."""
+
+    def __call__(self, images):
+        assert (self.size, self.crop_scale, self.jitter[0]) == (32, [0.2, 1.0], 0.4)  # the flags'
+        x = clamp.normalize(images / 255)
+        return torch.stack([x, x.roll(5, 3), x.flip(3)])
+
+
+def train_share(out):
+    # DDP gives every process the first one's weights. Batch norm has each process's statistics.
+    network = tiny_network(seed=int(os.environ.get("RANK", 0)), norm=nn.Identity)
+    args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
+                             "--amp", "off", "--out", str(out)])
+    clamp.command_line(lambda: clamp.train(args, network=network, augment=FixedViews))
+
+
+def test_three_processes_train_as_one_does(tmp_path):
+    train_share(tmp_path / "one")
+    torchrun(3, "-c", f"import test_clamp; test_clamp.train_share('{tmp_path}/three')")
+    one, three = (torch.load(tmp_path / f"{n}/checkpoint.pt") for n in ("one", "three"))
+    torch.testing.assert_close(three["network"], one["network"], rtol=1e-4, atol=5e-6)
+    ours, expected = (read_log(tmp_path / n)[2] for n in ("three", "one"))
+    assert ours == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -555,43 +475,25 @@ def whole_run(tmp_path_factory):
     return out
 
 
-def test_run_interrupted_in_an_epoch_and_in_a_save_ends_as_the_whole_one(whole_run, tmp_path,
-                                                                         monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, 5)
-        train_once(tmp_path)
-    assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == 1
-    for failing, epoch in ((1, 1), (2, 1), (3, 2), (2, 2)):  # each epoch replaces two files
-        replaced = []
-
-        def replace(part, path, replace=os.replace):
-            replaced.append(path)
-            if len(replaced) == failing:
-                raise KeyboardInterrupt
-            replace(part, path)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", replace)
-            train_once(tmp_path)
-        assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == epoch
-    train_once(tmp_path)
-    assert_same_runs(whole_run, tmp_path)
-
-
-def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "photos", 64, ((40, 50), (70, 30)))
-    data = ["--data", str(tmp_path / "photos")]
-    train_once(tmp_path / "whole", *data)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        fail_at(patch, 5)
-        train_once(tmp_path / "parts", *data)
-    train_once(tmp_path / "parts", *data)
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path):
+    whole, parts, photos = (tmp_path / name for name in ("whole", "parts", "photos"))
+    write_pictures(photos, 96, ((40, 50), (70, 30)))
+    train_once(whole, "--data", str(photos))
+    for module, name, call, epoch in (  # an epoch has three steps, and replaces two files
+            (clamp, "packing_loss", 5, 1), (os, "replace", 1, 1), (os, "replace", 2, 1),
+            (os, "replace", 3, 2), (os, "replace", 2, 2)):
+        effects = [mock.DEFAULT] * (call - 1) + [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt), mock.patch.object(
+                module, name, wraps=getattr(module, name), side_effect=effects):
+            train_once(parts, "--data", str(photos))
+        assert torch.load(parts / "checkpoint.pt")["epoch"] == epoch
+    train_once(parts, "--data", str(photos))
+    assert_same_runs(whole, parts)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
-    script = f"import test_clamp; test_clamp.train_once({str(tmp_path)!r})"
+    script = f"import test_clamp; test_clamp.train_once('{tmp_path}')"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=HERE,
                                env=os.environ | threads)
@@ -603,25 +505,19 @@ def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
     assert_same_runs(whole_run, tmp_path)
 
 
-class Stranger:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-@pytest.mark.parametrize("damage", ["cut", "stranger", "missing", "lone"])
-def test_damaged_checkpoint_is_named_and_kept(damage, whole_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "backbone.pt"])
+@pytest.mark.parametrize("damage", ["cut", "stranger"])
+def test_damaged_checkpoint_is_named_and_kept(name, damage, whole_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = (whole_run / "checkpoint.pt").read_bytes()[:-1000]
-    content = pickle.dumps(Stranger(), protocol=2) if damage == "stranger" else content
-    for name in ("checkpoint.pt", "backbone.pt"):
-        Path(name).write_bytes(content)
-    if damage in ("missing", "lone"):
-        Path("checkpoint.pt" if damage == "missing" else "backbone.pt").unlink()
+    content = b"cos\nmkdir\n(Vexecuted\ntR."  # a pickle that calls os.mkdir("executed")
+    if damage == "cut":
+        content = (whole_run / name).read_bytes()[:-1000]
+    Path(name).write_bytes(content)
     with pytest.raises(clamp.UserError, match="checkpoint.pt: missing or damaged"):
         train_once(tmp_path)
-    with pytest.raises(clamp.UserError, match="backbone.pt"):
+    with pytest.raises(clamp.UserError, match="backbone.pt: missing, damaged"):
         eval_linear.evaluate(eval_linear.parse_args([str(tmp_path)]))
-    assert next(Path().glob("*.pt")).read_bytes() == content and not Path("executed").exists()
+    assert Path(name).read_bytes() == content and not Path("executed").exists()
 
 
 def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
@@ -645,9 +541,9 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     args = clamp.parse_args([*TINY, "--out", str(tmp_path)])
     clamp.train(args, network=network, data=(images, labels))
     assert read_log(tmp_path)[2]["knn"] == 100
+    few = [str(tmp_path), "--batch-size", "36", "--epochs", "5"]
     for flags in ([], ["--augment"], ["--random-init"]):
-        few = ["--batch-size", "36", "--epochs", "5"]
-        args = eval_linear.parse_args([str(tmp_path), *few, *flags])
+        args = eval_linear.parse_args([*few, *flags])
         result = eval_linear.evaluate(args, tiny_network().backbone, data=2 * [(images, labels)])
         assert result["top1"] == 100 and result["n_train"] == 80
     own, _ = eval_linear.load_backbone(tmp_path, backbone=tiny_network().backbone)
@@ -661,20 +557,11 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
 # -------- command line
 
 
-def run(*command, code=0, **options):
-    """Run a script as a user would; returns its result after checking the exit status."""
-    command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE, **options)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result
-
-
 def test_command_line_end_to_end(tmp_path):
     out = tmp_path / "run"
     train = ["clamp.py", *TINY, "--epochs", "2", "--out", out]
     assert "writing" in run(*train).stdout
-    files = {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
-    assert {file.name for file in out.iterdir()} == files
+    assert set(os.listdir(out)) == {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
     assert Image.open(out / "views.png").size == (2 * 34 + 2, 8 * 34 + 2)
     log = read_log(out)
     assert [line["epoch"] for line in log] == [1, 2]
@@ -682,7 +569,7 @@ def test_command_line_end_to_end(tmp_path):
     network = torchvision.models.resnet18()
     saved = torch.load(out / "backbone.pt")["backbone"]
     assert network.load_state_dict(saved, strict=False).missing_keys == ["fc.weight", "fc.bias"]
-    assert "finished" in run(*train).stdout and len(read_log(out)) == 2
+    assert "finished" in run(*train).stdout and read_log(out) == log
 
     result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()[-1]
     run("eval_linear.py", out / "backbone.pt", "--epochs", "2", "--random-init", "--limit", "500")
@@ -696,8 +583,7 @@ def test_command_line_end_to_end(tmp_path):
 
 
 def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*torchrun, "clamp.py", *TINY, "--amp", "off", "--out", tmp_path)
+    torchrun(2, "clamp.py", *TINY, "--amp", "off", "--out", tmp_path)
     backbone, _ = eval_linear.load_backbone(tmp_path)  # rank 0's, with its batch norm
     images, labels = clamp.load_data("patterns", "train", limit=96)
     torch.manual_seed(0)
@@ -706,27 +592,23 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
     (queries, bank), (y, bank_y) = features.split(48), labels[order].split(48)
     log = read_log(tmp_path)
     assert len(log) == 3 and log[2]["knn"] == clamp.knn_accuracy(bank, bank_y, queries, y)
-    flags = ["--epochs", "2", "--amp", "off", "--lr", "0.03", "--limit", "501"]
-    results = [json.loads(run(*launch, "eval_linear.py", tmp_path, *flags).stdout.splitlines()[-1])
-               for launch in ([], torchrun)]
-    assert results[0] == pytest.approx(results[1])
+    probe = ["eval_linear.py", tmp_path, "--epochs", "2", "--amp", "off", "--limit", "501"]
+    one, two = (json.loads(result.stdout.splitlines()[-1])
+                for result in (run(*probe, "--lr", "0.03"), torchrun(2, *probe, "--lr", "0.03")))
+    assert one == pytest.approx(two)
     for method in ("--finetune", "--augment"):
-        run(*torchrun, "eval_linear.py", tmp_path, "--epochs", "1", "--limit", "300", method)
+        torchrun(2, "eval_linear.py", tmp_path, "--epochs", "1", "--limit", "300", method)
     assert json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[3])["n_train"] == 300
 
 
-def one_line(capfd, script, argv):
-    """The line on stderr with which a script's command line refuses argv, exit status 2."""
-    def main():
-        args = script.parse_args([str(a) for a in argv])
-        clamp.train(args) if script is clamp else script.evaluate(args)
-
-    capfd.readouterr()
+def refusal(capfd, script, *argv):
+    """The one line on stderr with which a script's command line refuses argv, exit status 2."""
+    main = clamp.train if script is clamp else eval_linear.evaluate
     with pytest.raises(SystemExit) as stop:
-        clamp.command_line(main)
-    shown = capfd.readouterr().err.split("\r")[-1].strip()
-    assert stop.value.code == 2 and "error: " in shown, shown
-    return shown
+        clamp.command_line(lambda: main(script.parse_args([*map(str, argv)])))
+    line, = capfd.readouterr().err.split("\r")[-1].strip().splitlines()
+    assert stop.value.code == 2 and "error: " in line
+    return line
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -740,39 +622,26 @@ def one_line(capfd, script, argv):
     ("--jitter 0 0 2 0", "--jitter: 2: give 0.0 to 1.0"),
     ("--projector abc", "--projector: invalid number value: 'abc'"),
     ("--projector 64 0", "--projector: 0: give 1 or more"),
-    ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns"),
-    ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
+    ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),
-    ("--data {tmp}/broken", "0.jpg: cannot be decoded (cannot identify"),
     ("--data cifar10", "--data cifar10: cannot download"),
     ("--device cuda", "--device cuda: no GPU for process 1"),
     ("--out {tmp}/file", "{tmp}/file"),
     ("--frobnicate", "unrecognized arguments: --frobnicate"),
 ])
 def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd, monkeypatch):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    (tmp_path / "empty").mkdir(), (tmp_path / "broken").mkdir()
-    for name in ("file", "broken/0.jpg", "broken/1.png", "broken/2.png"):
-        (tmp_path / name).write_bytes(b"not a picture")
-    before = sorted(tmp_path.rglob("*"))
-
-    def no_network(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    monkeypatch.setattr(no_network, "url", "URL", raising=False)
-    argv = ["--device", "cpu", "--out", tmp_path / "run", *flags.format(tmp=tmp_path).split()]
-    shown = one_line(capfd, clamp, argv).splitlines()
-    assert words.format(tmp=tmp_path) in shown[-1] and len(shown) == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir(), (tmp_path / "file").touch()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError, url=""))
+    flags, words = flags.format(tmp=tmp_path).split(), words.format(tmp=tmp_path)
+    assert words in refusal(capfd, clamp, "--device", "cpu", "--out", tmp_path / "run", *flags)
+    assert {path.name for path in tmp_path.rglob("*")} == {"empty", "file"}
 
 
 def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
     write_pictures(tmp_path / "flat", 33, ((40, 50), (70, 30)))
-    clamp.save(tmp_path, backbone={
-        "settings": vars(clamp.parse_args([])), "epoch": 3,
-        "backbone": clamp.build_backbone("resnet18").state_dict()})
+    clamp.save(tmp_path, backbone={"settings": vars(clamp.parse_args([])),
+                                   "backbone": clamp.build_backbone("resnet18").state_dict()})
     before = sorted(tmp_path.rglob("*"))
     for argv, words in (
             ([tmp_path / "flat" / "001.png"], "001.png: missing, damaged"),
@@ -781,15 +650,14 @@ def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
             ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_existing_file value"),
             ([tmp_path, "--limit", "200"], "--batch-size 256: must be at most 180, the images to"),
             ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
-        assert words in one_line(capfd, eval_linear, argv).splitlines()[-1]
+        assert words in refusal(capfd, eval_linear, *argv)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_recipes_change_the_published_defaults_and_help_shows_them():
-    published = clamp.parse_args(["--recipe", "cifar10-published"])
-    assert (published.data, published.radius_scale, published.views, published.batch_size,
-            published.epochs, published.lr, published.stem, published.projector) == (
-            "cifar10", 7.0, 16, 128, 1000, 0.1, "cifar", [2048, 256])
+    published = vars(clamp.parse_args(["--recipe", "cifar10-published"]))
+    assert published == published | dict(data="cifar10", radius_scale=7.0, views=16, batch_size=128,
+                                         epochs=1000, lr=0.1, stem="cifar", projector=[2048, 256])
     assert clamp.parse_args([]).recipe == "patterns"
     own = clamp.parse_args(["--data", "photos", "--lr", "1", "--epochs", "2"])
     assert (own.recipe, own.max_reach, own.lr, own.warmup_epochs) == ("small", 1.2, 1, 2 / 3)

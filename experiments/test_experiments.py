@@ -22,7 +22,7 @@ import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
 import sphere  # noqa: E402
-from test_clamp import loop_loss, spawn, tiny_network  # noqa: E402
+from test_clamp import loop_loss, tiny_network, torchrun  # noqa: E402
 
 TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32", "16"]
 ONE_STEP = [*TINY, "--limit", "32"]
@@ -150,6 +150,7 @@ def tiny_backbone(*_):
 
 
 def train_on_two(folder):
+    clamp.start_processes(clamp.parse_args([]))
     rank, world = clamp.rank_and_world()
     torch.save({name: loss_of_share(name, rank, world) for name in SHAPES}, f"{folder}/{rank}.pt")
     clamp.build_backbone = tiny_backbone
@@ -158,7 +159,8 @@ def train_on_two(folder):
 
 
 def test_two_processes_have_the_loss_of_one_and_train(tmp_path):
-    spawn(train_on_two, 2, str(tmp_path))
+    torchrun(2, "-c", "from experiments.test_experiments import clamp, train_on_two; "
+                      f"clamp.command_line(lambda: train_on_two('{tmp_path}'))")
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name in SHAPES:
         loss, gradient = loss_of_share(name)
