@@ -83,9 +83,11 @@ def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 @pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 4)])
 @pytest.mark.parametrize("options", [
-    {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.3)])
+    {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.4)])
 def test_loss_and_gradient_equal_the_equations(shape, options):
-    z = embeddings(*shape).requires_grad_()
+    z = embeddings(*shape)
+    z[:, 0] = z[:, 1] + 1e-4  # closer than 1e-3
+    z.requires_grad_()
     (loss, geometry), (expected, expected_geometry) = (
         function(z, **options) for function in (clamp.packing_loss, loop_loss))
     gradient, expected_gradient = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
@@ -343,9 +345,8 @@ def test_streamed_views_come_from_the_right_picture(tmp_path):
 
 def test_knn_equals_a_loop():
     torch.manual_seed(0)
-    bank, labels = torch.randn(60, 4), torch.arange(60) % 3
-    bank += F.one_hot(labels, 4) * 1.5
-    queries = bank + torch.randn(60, 4)
+    bank, labels = torch.randn(300, 4), torch.arange(300) % 3
+    queries = bank + torch.randn(300, 4)
     correct = 0
     for query, label in zip(queries, labels):
         cosine, votes = F.cosine_similarity(query, bank), [0.0] * 3
@@ -353,7 +354,7 @@ def test_knn_equals_a_loop():
             votes[labels[i]] += math.exp(cosine[i] / 0.07)
         correct += votes.index(max(votes)) == label
     ours = clamp.knn_accuracy(bank, labels, queries, labels, k=5)
-    assert ours == pytest.approx(100 * correct / 60)
+    assert ours == pytest.approx(100 * correct / 300)
 
 
 def fit_options(*flags):
