@@ -1,7 +1,7 @@
 """CLAMP: contrastive self-supervised learning as neural manifold packing (arXiv 2506.13717).
 
 The augmented views of an image form a small cloud on the unit sphere. Each cloud is wrapped in an
-ellipsoid, which the loss takes as a ball. Balls that overlap repel each other, and the energy of
+ellipsoid, which the loss treats as a ball. Balls that overlap repel each other, and the energy of
 this packing trains a ResNet without labels.
 
     torchrun clamp.py                      minutes on a laptop, nothing to download
@@ -84,7 +84,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# From brightness() on, functions take pictures [n, 3, h, w] in 0..1, and one number for each,
+# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and a number for each of them,
 # [n, 1, 1, 1], which is 0 for no change. torchvision's functions take one number for all pictures.
 # MEAN and STD are Python numbers, because tensors would have to be copied to a GPU.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -140,12 +140,12 @@ def saturation(x, change):
 
 
 def hue(x, change):
-    """Turn the hue by `change`, in turns of the colour circle."""
+    """Shift the hue by `change` turns of the colour circle."""
     value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
     angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # A channel is largest if `angle` is within 1 of its own, and smallest if it is 2 away or more.
+    # A channel is largest if its own angle is at most 1 away, and smallest from 2 away on.
     own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
     away = ((angle - own + 3) % 6 - 3).abs()
     return value - chroma * (away - 1).clamp(0, 1)
@@ -170,8 +170,8 @@ def normalize(x):
 @dataclass
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
-    the steps of SimCLR and BYOL. The views use the entries of blur_p and solarize_p in turn. Images
-    may also be crops [b, m, 3, size, size], which crop() has made in a loader worker."""
+    the steps of SimCLR and BYOL. View k uses blur_p[k % len(blur_p)], and solarize_p alike. Images
+    from files come as crops [b, m, 3, size, size], which crop() has made in a loader worker."""
     size: int
     views: int
     crop_scale: tuple = (0.08, 1.0)  # share of the picture's area, in any order
@@ -214,14 +214,15 @@ class MultiViewAugment:
 
 # -------- network and optimiser
 
-class Conv2d(nn.Conv2d):
-    """Small maps (up to 2 x 2 for 3x3 kernels, as in the last layers at 32 px) take one matrix
-    product. It skips the padding, so a training step is 1.4 times as fast on a CPU."""
+class ResNetConv(nn.Conv2d):
+    """A convolution of a ResNet. If the kernel covers the first pixel in all its places (maps up to
+    2 x 2 for 3x3), it is one matrix product without padding: at 32 px, a training step is 1.4 times
+    as fast on a CPU."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if max(tops[-1], lefts[-1]) > p:  # in its last place the kernel misses the first pixel
+        if max(tops[-1], lefts[-1]) > p:  # the kernel's last place misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
         taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
@@ -239,8 +240,8 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
         backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 32 -> 34 px
         backbone.maxpool = nn.Identity()
     for module in backbone.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.__class__ = Conv2d  # the weights and their names stay
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = ResNetConv  # the weights and their names stay
     return backbone
 
 
@@ -262,8 +263,8 @@ def embed(network, x, dtype):
 @torch.no_grad()
 def lars(optimizer, eta, weight_decay):
     """Replace the gradient g of each weight tensor w by
-    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888), without the
-    fraction if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
+    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888). The fraction is 1
+    if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
     weights = [p for p in optimizer.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
     grads = [p.grad for p in weights]
     if eta:
@@ -332,7 +333,7 @@ def load_data(name, split, limit=None, seed=0):
         images, labels = list_pictures(Path(name), split)
     if limit:
         kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
-        images, labels = images[kept], labels[kept]
+        images, labels = images[kept.numpy()], labels[kept]
     return images if torch.is_tensor(images) else keep_in_memory(images), labels
 
 
@@ -375,7 +376,7 @@ def read_picture(file):
 
 
 def keep_in_memory(files):
-    """One tensor, if all have one size up to 256 px and fit into 4 GB, and the files if not."""
+    """One tensor, if all have one size up to 256 px and fit into 4 GB, or else the files."""
     images = []
     for file in tqdm(files, "decoding", leave=False, disable=rank_and_world()[0] > 0):
         images.append(read_picture(file))
@@ -391,7 +392,7 @@ def load_batch(files, transform):
 
 def image_batches(images, batches, transform, device, workers=0):
     """Iterate over the images of each row of indices in `batches`. `workers` processes decode and
-    transform files. A tensor is only indexed."""
+    transform files. The images of a tensor are not transformed."""
     if torch.is_tensor(images):
         return (images[rows.to(images.device, non_blocking=True)] for rows in batches)
     loader = torch.utils.data.DataLoader(
@@ -403,7 +404,7 @@ def image_batches(images, batches, transform, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """uint8 [..., 3, H, W] -> [..., 3, size, size]. Images of this size stay as they are."""
+    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless they have this size."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -453,14 +454,14 @@ def start_processes(args):
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--device cuda: no GPU for process {local_rank + 1}; use --device cpu")
+        raise UserError(f"no GPU for process {local_rank + 1}; start fewer, or use --device cpu")
     device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # download
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # downloads
                                 device_id=device if cuda else None)
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
             else torch.cpu._is_avx512_bf16_supported())
@@ -474,7 +475,7 @@ def save(out, **contents):
     """Write files NAME.pt whole or not at all, even if the process is killed meanwhile."""
     for name, content in contents.items():
         torch.save(content, out / f"{name}.part")
-    for name in contents:  # all at once
+    for name in contents:  # only now, when all are written
         os.replace(out / f"{name}.part", out / f"{name}.pt")
 
 
@@ -502,10 +503,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment: a subclass of MultiViewAugment
     data: images and labels, as load_data returns them"""
     device, dtype = start_processes(args)
-    (rank, world), out = rank_and_world(), Path(args.out)
-    own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
-    settings = vars(args) | {f"own {k}": getattr(v, "__name__", type(v).__name__)
-                             for k, v in own.items() if v is not None}  # to notice a change
+    rank, world = rank_and_world()
+    out, own = Path(args.out), dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
+    settings = vars(args) | {k: f"own {getattr(v, '__name__', type(v).__name__)}"
+                             for k, v in own.items() if v is not None}
     checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(checkpoint, device=device)
@@ -517,15 +518,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
     images = images.to(device) if torch.is_tensor(images) else images
-    torch.manual_seed(args.seed)  # for the k-NN images and the weights
-    labelled = (labels >= 0).nonzero()[:, 0]
-    labelled = labelled[torch.randperm(len(labelled))[:5000]]
+    torch.manual_seed(args.seed)  # for knn_rows and the weights
+    knn_rows = (labels >= 0).nonzero()[:, 0]
+    knn_rows = knn_rows[torch.randperm(len(knn_rows))[:5000]]
 
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
-    augment = (augment or MultiViewAugment)(**{f.name: getattr(args, f.name)
-                                               for f in fields(MultiViewAugment)})
+    augment = (augment or MultiViewAugment)(**{  # its fields are named as the flags
+        f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # on CPUs each process normalises its own
+    if device.type == "cuda" and world > 1:  # on CPUs each keeps its own statistics
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
@@ -538,12 +539,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print(f"{args.data}: {n} images, {steps} steps an epoch; {world} x {device.type}, {dtype}; "
-              f"{'continuing' if start else 'writing'} {out}/")
+        print(f"{settings['data']}: {n} images, {steps} steps an epoch; {world} x {device.type}, "
+              f"{dtype}; {'continuing' if start else 'writing'} {out}/")
     bar = tqdm(total=args.epochs * steps, initial=start * steps, unit="step", disable=rank > 0)
     for epoch in range(start, args.epochs):
         began, readings = time.time(), []
-        seed = 10_000 * args.seed + epoch  # so a continued run draws what a whole one would
+        seed = 10_000 * args.seed + epoch  # so that a continued run draws the same
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         batches = order[:steps * args.batch_size].view(steps, world, -1)[:, rank]
         torch.manual_seed(world * seed + rank)  # each process draws its own views
@@ -566,7 +567,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             if (rank, epoch, step) == (0, 0, 0):
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # each read-out stops a GPU
+            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # item() waits for a GPU
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
                 weight_norm = nn.utils.get_total_norm(network.parameters())
@@ -577,21 +578,21 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             continue
         log.append({"epoch": epoch + 1, "lr": lr, "seconds": round(time.time() - began, 1)})
         log[-1] |= {k: sum(r[k] for r in readings) / len(readings) for k in readings[0]}
-        if len(labelled) > 1:
+        if len(knn_rows) > 1:
             network.eval()
-            features = extract_features(network.backbone, images, labelled, args.size, device,
+            features = extract_features(network.backbone, images, knn_rows, args.size, device,
                                         dtype, args.workers)
-            half, y = len(labelled) // 2, labels[labelled].to(device)
+            half, y = len(knn_rows) // 2, labels[knn_rows].to(device)
             log[-1]["knn"] = knn_accuracy(features[half:], y[half:], features[:half], y[:half])
         bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         state = {"epoch": epoch + 1, "settings": settings}
-        save(out, backbone=state | {"backbone": network.backbone.state_dict()}, checkpoint=state | {
-            "log": log, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict()})
+        save(out, backbone=dict(state, backbone=network.backbone.state_dict()),
+             checkpoint=dict(state, log=log, network=network.state_dict(),
+                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     bar.close()
     if rank == 0:
-        print("finished" + (f"; next: python eval_linear.py {out}" if len(labelled) else ""))
+        print("finished" + (f"; next: python eval_linear.py {out}" if len(knn_rows) else ""))
 
 
 # -------- settings
@@ -640,7 +641,7 @@ def parse_args(argv=None):
     add("--views", type=within(2), default=16, help="m, views of an image")
     add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
     add("--epochs", type=within(1), default=1000, help="passes over the images")
-    add("--warmup-epochs", type=within(0.0), default=10, help="cut to a third of the epochs")
+    add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
     add("--lr", type=within(0.0), default=0.1, help="peak learning rate at batch size 256")
     add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
     add("--weight-decay", type=within(0.0), default=1e-6, help="except on biases and norms")
@@ -686,7 +687,7 @@ def command_line(main):
     except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-size, --views or --size"
+            message = "out of GPU memory; lower --batch-size"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

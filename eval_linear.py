@@ -1,4 +1,4 @@
-"""What the features of a backbone that clamp.py trained are worth.
+"""Measure what the features of a backbone that clamp.py trained are worth.
 
     python eval_linear.py runs/patterns                     linear probe and 20-NN
     python eval_linear.py runs/cifar10 --augment            the probe sees random crops and flips
@@ -8,9 +8,9 @@
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
-The probe is a linear classifier on standardised features of the frozen backbone. Its learning rate
-is the best one on a tenth of the training images that is held out; then it is trained on all of
-them, and the test set is looked at once. The result is printed, and written beside the backbone.
+The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
+of the training images picks its learning rate. Then it is trained on all of them, and tested once.
+The result is printed, and added to linear.jsonl beside the backbone.
 """
 
 import argparse
@@ -33,14 +33,14 @@ Split = namedtuple("Split", "images labels features")
 
 
 def load_backbone(path, pretrained=True, backbone=None):
-    """The backbone of a run folder or a backbone.pt, in eval mode, and what else the file holds. If
-    a backbone is given, it takes the weights. Raises UserError if they cannot be loaded."""
+    """The backbone of a run folder or a backbone.pt, in eval mode, and what the file holds. A given
+    backbone takes the weights if pretrained. Raises UserError if they cannot be loaded."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if backbone is None:  # zero_init would lower the untrained floor
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():  # refused
+        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():  # raises
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
@@ -57,11 +57,12 @@ def labelled_rows(images, labels, part, seed):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         classes = [order[labels[order] == k] for k in labels.unique()]
         return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
-    names, files = set(Path(part).read_text().split()), [] if torch.is_tensor(images) else images
+    names = set(Path(part).read_text().splitlines())
+    files = [] if torch.is_tensor(images) else images
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
         raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "
-                              "streamed training pictures")
+                              "training pictures that are not kept in memory")
     return rows
 
 
@@ -80,9 +81,8 @@ def extract(network, images, options):
 
 
 def batches(train, args, options):
-    """Yield for each step the factor on the learning rate, the batch as indices into train, in
-    which process 0's share comes first, and the views of this process's own share, or None without
-    --augment and --finetune."""
+    """Yield for each step the factor on the learning rate; the batch's rows of train, process 0's
+    share first; and the views of this process's share (None without --augment or --finetune)."""
     (rank, world), n = clamp.rank_and_world(), len(train.labels)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:
@@ -107,7 +107,7 @@ def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier with each learning rate, side by side: SGD with momentum 0.9 and a
     cosine schedule, from zero. Returns their logits of test, [len(rates), n, classes]."""
     mean, std = train.features.mean(0), train.features.std(0)
-    std = std.clamp(min=0.01 * std.mean().item())  # a constant feature may vary in crops
+    std = std.clamp(min=0.01 * std.mean().item())  # for constant features
 
     def standardise(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0)  # the weight of the 1 is the bias
@@ -136,19 +136,19 @@ def finetune(train, test, rates, classes, backbone, args, options):
         network = nn.Sequential(copy.deepcopy(backbone), head).train()
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
         optimizer = torch.optim.SGD([{"params": network[0].parameters(), "rate": 0.05 * rate},
-                                     {"params": head.parameters(), "rate": rate}], rate, 0.9)
+                                     {"params": head.parameters(), "rate": rate}], momentum=0.9)
         scaler = torch.amp.GradScaler(options["device"].type, enabled=dtype == torch.float16)
         for scale, batch, views in batches(train, args, options):
             for group in optimizer.param_groups:
                 group["lr"] = scale * group["rate"]
             y = train.labels[batch].view(world, -1)[rank]
             with torch.enable_grad():
-                loss = F.cross_entropy(clamp.embed(model, views, dtype), y)
+                loss = scaler.scale(F.cross_entropy(clamp.embed(model, views, dtype), y))
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            loss.backward()
             scaler.step(optimizer)
             scaler.update()
-        # Each process has its own batch norm statistics. DDP replaces them by the first one's.
+        # DDP (model, not network) gives all processes the first one's batch norm statistics.
         logits.append(extract(model.eval(), test.images, options))
     return torch.stack(logits)
 
@@ -183,7 +183,7 @@ def evaluate(args, backbone=None, data=None):
     options = dict(size=saved["settings"]["size"], device=device, dtype=dtype, workers=args.workers)
     rows = labelled_rows(images, labels, args.labels, args.seed)
     rows = rows[torch.randperm(len(rows))]  # because the first tenth of them is held out
-    train = make_split(images[rows], labels[rows], backbone, options)
+    train = make_split(images[rows.numpy()], labels[rows], backbone, options)
     test = make_split(*test, backbone, options)
 
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
@@ -219,7 +219,7 @@ def parse_args(argv=None):
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", help="data set or folder; default: what the run was trained on")
     add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
-    add("--labels", type=fraction_or_existing_file, help="fraction of a class, or file of names")
+    add("--labels", type=fraction_or_existing_file, help="share of the labels, or file of names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
