@@ -592,7 +592,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     bar.close()
     if rank == 0:
-        print("finished" + (f"; next: python eval_linear.py {out}" if len(knn_rows) else ""))
+        hint = f"; next: python eval_linear.py {out}" if len(knn_rows) and not data else ""
+        print("finished" + hint)
 
 
 # -------- settings

@@ -50,15 +50,14 @@ def load_backbone(path, pretrained=True, backbone=None):
 
 def labelled_rows(images, labels, part, seed):
     """The images whose labels are used: all, a fraction of each class, or those that a text file
-    names, one a line, such as n01440764_10026.JPEG (SimCLR's splits of ImageNet are such files)."""
+    names, without spaces, such as n01440764_10026.JPEG (as SimCLR's splits of ImageNet do)."""
     if part is None:
         return torch.arange(len(labels))
     if isinstance(part, float):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         classes = [order[labels[order] == k] for k in labels.unique()]
         return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
-    names = set(Path(part).read_text().splitlines())
-    files = [] if torch.is_tensor(images) else images
+    names, files = set(Path(part).read_text().split()), [] if torch.is_tensor(images) else images
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
         raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "

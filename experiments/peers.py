@@ -188,7 +188,7 @@ def build_simsiam(args):
 
 class BYOL(nn.Module):
     """Pictures -> prediction, and projection by a momentum copy of backbone and projector. At each
-    training step the copy keeps the share 1 - 0.01 (1 + cos(pi step / args.steps)) / 2."""
+    training step the copy keeps the share 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
 
     def __init__(self, args, momentum=0.99):
         super().__init__()
@@ -196,7 +196,9 @@ class BYOL(nn.Module):
         self.backbone, self.projector = online
         self.predictor = mlp(d, args.projector)
         self.target = copy.deepcopy(online).requires_grad_(False)
-        self.momentum, self.steps = momentum, args.steps
+        clamp.start_processes(args)  # before load_data: one process downloads
+        n = len(clamp.load_data(args.data, "train", args.limit)[1])
+        self.momentum, self.steps = momentum, args.epochs * (n // args.batch_size)
         self.register_buffer("step", torch.zeros(()))
 
     def forward(self, x):
@@ -281,13 +283,10 @@ def main(method="", *flags):
     own, flags = parser.parse_known_args(flags)
     args = clamp.parse_args([*parts["flags"].split(), "--out", f"runs/{method}", *flags])
     vars(args).update(vars(own), method=method)  # saved, and compared if a run continues
-    clamp.start_processes(args)  # before load_data: one process downloads
-    data = clamp.load_data(args.data, "train", args.limit, args.seed)
-    args.steps = args.epochs * (len(data[1]) // args.batch_size)
     torch.manual_seed(args.seed)
     network = parts["network"](args)
     loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
-    clamp.train(args, loss_fn, network, parts["augment"], data)
+    clamp.train(args, loss_fn, network, parts["augment"])
 
 
 if __name__ == "__main__":

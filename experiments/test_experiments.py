@@ -18,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import benchmark  # noqa: E402
 import clamp  # noqa: E402
+import eval_linear  # noqa: E402
 import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
@@ -178,6 +179,8 @@ def test_a_peer_trains_and_its_backbone_is_measured(name, tmp_path, monkeypatch)
     log = json.loads((tmp_path / "log.jsonl").read_text())
     assert math.isfinite(log["loss"]) and log.get("radius", 1e5) > 1e4
     if name == "vicreg":
+        flags = eval_linear.parse_args([str(tmp_path), "--epochs", "1", "--limit", "300"])
+        assert eval_linear.evaluate(flags)["n_test"] == 2000
         result = geometry.measure(geometry.parse_args([str(tmp_path)]))
         assert result["n_test"] == 2000 and (tmp_path / "geometry.jsonl").exists()
 
@@ -213,9 +216,9 @@ def test_main_hands_each_methods_parts_to_train(monkeypatch):
     for name in ("byol", "byol", "ce_ssl", "no_centring"):
         peers.main(name, *TINY, "--epochs", "3")
     peers.main("swav", "--rounds", "4", *TINY, "--epsilon", "0.05")
-    (_, loss, byol, plain, data), (_, _, again, _, _), (_, _, heads, pairs, _), packing, own = calls
+    (_, loss, byol, plain), (_, _, again, _), (_, _, heads, pairs), packing, own = calls
     assert own[1].keywords == dict(temperature=0.1, epsilon=0.05, rounds=4) and own[0].rounds == 4
-    assert loss.func is peers.byol and len(data[0]) == 64 and byol.steps == 6
+    assert loss.func is peers.byol and byol.steps == 6
     torch.testing.assert_close(byol.state_dict(), again.state_dict(), rtol=0, atol=0)
     assert plain is None and pairs is peers.PairedAugment
     assert type(heads.projector) is peers.SideBySide
@@ -224,8 +227,7 @@ def test_main_hands_each_methods_parts_to_train(monkeypatch):
 
 
 def test_momentum_copy_follows_the_papers_schedule():
-    args = clamp.parse_args(["--projector", "8", "4"])
-    args.steps = 10
+    args = clamp.parse_args(["--projector", "8", "4", "--limit", "320", "--epochs", "1"])  # 10 steps
     network, x = peers.BYOL(args), torch.randn(4, 3, 32, 32)
     copies, online = [*network.target.parameters()], [*network.backbone.parameters(),
                                                      *network.projector.parameters()]
