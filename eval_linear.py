@@ -40,8 +40,8 @@ def load_backbone(path, pretrained=True, backbone=None):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if backbone is None:  # zero_init would lower the untrained floor
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():  # raises
-            backbone.load_state_dict(saved["backbone"])
+        if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():
+            backbone.load_state_dict(saved["backbone"])  # raises if the keys differ
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone") from None
@@ -66,10 +66,10 @@ def labelled_rows(images, labels, part, seed):
 
 
 def extract(network, images, options):
-    """network's outputs [n, f] for n images. Each process computes an equal share of them."""
+    """The network's outputs [n, f] for n images. Each process computes a share of them."""
     (rank, world), n = clamp.rank_and_world(), len(images)
     share = math.ceil(n / world)
-    rows = torch.arange(rank * share, (rank + 1) * share) % n  # the last share may be too long
+    rows = torch.arange(rank * share, (rank + 1) * share) % n  # the last share may wrap around
     part = clamp.extract_features(network, images, rows, **options)
     if world == 1:
         return part
@@ -80,8 +80,9 @@ def extract(network, images, options):
 
 
 def batches(train, args, options):
-    """Yield for each step the factor on the learning rate; the batch's rows of train, process 0's
-    share first; and the views of this process's share (None without --augment or --finetune)."""
+    """Yield for each step the factor on the learning rate, the batch as rows of train (process 0's
+    share comes first), and the views of this process's share. Without --augment and --finetune
+    there are no views, but None."""
     (rank, world), n = clamp.rank_and_world(), len(train.labels)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:

@@ -149,7 +149,9 @@ def pictures(n=12, height=20, width=28):
     (clamp.contrast, lambda x, change: TF.adjust_contrast(x, 1 + change), -0.8, 0.8),
     (clamp.saturation, lambda x, change: TF.adjust_saturation(x, 1 + change), -0.8, 0.8),
     (clamp.hue, TF.adjust_hue, -0.5, 0.5),
+    (lambda x, s: clamp.gaussian_blur(x, s, 3), lambda x, s: TF.gaussian_blur(x, 3, s), 0.1, 2),
     (lambda x, s: clamp.gaussian_blur(x, s, 9), lambda x, s: TF.gaussian_blur(x, 9, s), 0.1, 2),
+    (lambda x, _: clamp.normalize(x), lambda x, _: TF.normalize(x, clamp.MEAN, clamp.STD), 0, 1),
 ])
 def test_operators_equal_torchvision(ours, theirs, low, high):
     x = pictures()
@@ -204,7 +206,7 @@ def test_fifth_view_equals_torchvision_given_the_same_parameters():
         y = TF.rgb_to_grayscale(y, 3) if gray[i] else y
         y = TF.gaussian_blur(y, 5, sigma[i].item()) if blur[i] else y
         y = TF.solarize(y, 0.5) if solarize[i] else y
-        # a pixel on the threshold of solarising may fall on either side
+        # rounding may put a pixel on either side of the threshold of solarising
         different = (views[i] - TF.normalize(y, clamp.MEAN, clamp.STD)).abs() > 1e-4
         assert different.float().mean() < (0.01 if solarize[i] else 1e-9)
 
@@ -369,8 +371,8 @@ def fit_options(*flags):
 
 
 def torch_logits(network, rates, x, labels, epochs):
-    """Logits of x after torch's SGD with a learning rate for each layer, on the batches that
-    eval_linear's batches() draws."""
+    """Logits of x after torch's SGD, which has a learning rate for each layer, on the batches of
+    eval_linear.batches()."""
     groups = [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(network, rates)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * epochs)
@@ -628,6 +630,7 @@ def refusal(capfd, script, *argv):
     ("--projector abc", "--projector: invalid number value: 'abc'"),
     ("--projector 64 0", "--projector: 0: give 1 or more"),
     ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns, cifar10"),
+    ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),
     ("--data cifar10", "--data cifar10: cannot download"),
     ("--device cuda", "no GPU for process 1; start fewer, or use --device cpu"),

@@ -190,15 +190,13 @@ class BYOL(nn.Module):
     """Pictures -> prediction, and projection by a momentum copy of backbone and projector. At each
     training step the copy keeps the share 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
 
-    def __init__(self, args, momentum=0.99):
+    def __init__(self, args, steps, momentum=0.99):
         super().__init__()
         online, d = build_network(args), args.projector[-1]
         self.backbone, self.projector = online
         self.predictor = mlp(d, args.projector)
         self.target = copy.deepcopy(online).requires_grad_(False)
-        clamp.start_processes(args)  # before load_data: one process downloads
-        n = len(clamp.load_data(args.data, "train", args.limit)[1])
-        self.momentum, self.steps = momentum, args.epochs * (n // args.batch_size)
+        self.momentum, self.steps = momentum, steps
         self.register_buffer("step", torch.zeros(()))
 
     def forward(self, x):
@@ -210,6 +208,13 @@ class BYOL(nn.Module):
             self.step += 1
         prediction = self.predictor(self.projector(self.backbone(x)))
         return torch.cat([prediction, self.target(x)], 1)
+
+
+def build_byol(args):
+    """BYOL for the steps of the run, which depend on the number of images."""
+    clamp.start_processes(args)  # so that only one process downloads
+    n = len(clamp.load_data(args.data, "train", args.limit)[1])
+    return BYOL(args, args.epochs * (n // args.batch_size))
 
 
 class Prototypes(nn.Linear):
@@ -261,7 +266,7 @@ METHODS = {
     "w_mse": dict(loss=w_mse, flags="--views 2 --projector 1024 64 --batch-size 128"),
     "shuffled_dbn": dict(loss=shuffled_dbn, flags="--views 2 --projector 1024 512"),
     "simsiam": dict(loss=simsiam, network=build_simsiam, flags="--views 2 --projector 2048 2048"),
-    "byol": dict(loss=byol, network=BYOL, flags="--views 2 --projector 4096 256"),
+    "byol": dict(loss=byol, network=build_byol, flags="--views 2 --projector 4096 256"),
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048 128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048 256"),
