@@ -86,8 +86,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 # -------- augmentation
 # brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and a number for each of them,
 # [n, 1, 1, 1], which is 0 for no change. torchvision's functions take one number for all pictures.
-# MEAN and STD are Python numbers, because tensors would have to be copied to a GPU.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; Python numbers need no copy
 
 
 def draw_boxes(x, scale):
@@ -183,33 +182,37 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def __call__(self, images):
-        x = images / 255  # [b, m, 3, size, size] if crop() has made them
-        crops = x.unbind(1) if x.ndim == 5 else [
-            resized_crop(x, draw_boxes(x, self.crop_scale), self.size) for _ in range(self.views)]
-        return torch.stack([self.photometric(crop, k) for k, crop in enumerate(crops)])
+        if images.ndim == 5:
+            x = images.transpose(0, 1).flatten(0, 1) / 255
+        else:
+            x = images.repeat(self.views, 1, 1, 1) / 255
+            x = resized_crop(x, draw_boxes(x, self.crop_scale), self.size)
+        return self.photometric(x).unflatten(0, (self.views, -1))
 
     def crop(self, picture):
         """uint8 [3, H, W] -> uint8 [m, 3, size, size]."""
         crop = v2.RandomResizedCrop(self.size, sorted(self.crop_scale))
         return torch.stack([crop(picture) for _ in range(self.views)])
 
-    def photometric(self, x, k):
-        """View number k of every image, from crops x [b, 3, size, size] in 0..1."""
+    def photometric(self, x):
+        """Finish crops [m * b, 3, size, size] in 0..1, view after view."""
         def uniform(low, high):
             return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-        x = torch.where(uniform(0, 1) < self.flip_p, x.flip(3), x)
-        jittered = uniform(0, 1) < self.jitter_p
+        def chance(*p):  # of the views in turn
+            p = torch.tensor([p[k % len(p)] for k in range(self.views)])
+            p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
+            return uniform(0, 1) < p.to(x.device, non_blocking=True)
+
+        x = torch.where(chance(self.flip_p), x.flip(3), x)
+        jittered = chance(self.jitter_p)
         adjust = brightness, contrast, saturation, hue
         for j in torch.randperm(4).tolist():  # one order for all images
-            change = uniform(-self.jitter[j], self.jitter[j])
-            x = adjust[j](x, change.where(jittered, 0))
-        x = torch.where(uniform(0, 1) < self.gray_p, v2.functional.rgb_to_grayscale(x), x)
-        blurred = uniform(0, 1) < self.blur_p[k % len(self.blur_p)]
-        kernel = self.size // 20 * 2 + 1  # a tenth of the side, as in SimCLR
-        x = gaussian_blur(x, uniform(0.1, 2.0).where(blurred, 0), kernel)
-        solarized = uniform(0, 1) < self.solarize_p[k % len(self.solarize_p)]
-        return normalize(torch.where(solarized & (x >= 0.5), 1 - x, x))
+            x = adjust[j](x, uniform(-self.jitter[j], self.jitter[j]).where(jittered, 0))
+        x = torch.where(chance(self.gray_p), v2.functional.rgb_to_grayscale(x), x)
+        sigma = uniform(0.1, 2.0).where(chance(*self.blur_p), 0)
+        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # a tenth of the side, as in SimCLR
+        return normalize(torch.where(chance(*self.solarize_p) & (x >= 0.5), 1 - x, x))
 
 
 # -------- network and optimiser
@@ -222,7 +225,7 @@ class ResNetConv(nn.Conv2d):
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if max(tops[-1], lefts[-1]) > p:  # the kernel's last place misses the first pixel
+        if x.is_cuda or max(tops[-1], lefts[-1]) > p:  # the last place misses the first pixel
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
         taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
@@ -442,10 +445,9 @@ def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
     DDP averages the gradients instead of adding them, so backpropagate `world` times the loss."""
     rank, world = rank_and_world()
-    if world == 1:
-        return z
     parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach().contiguous())
+    if world > 1:
+        dist.all_gather(parts, z.detach().contiguous())
     parts[rank] = z
     return torch.cat(parts, 1)
 
@@ -593,8 +595,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     bar.close()
     if rank == 0:
-        hint = f"; next: python eval_linear.py {out}" if len(knn_rows) and not data else ""
-        print("finished" + hint)
+        print("finished" if data or not len(knn_rows) else f"next: python eval_linear.py {out}")
 
 
 # -------- settings
@@ -621,8 +622,7 @@ def within(low, high=math.inf):
     def number(text):
         value = type(low)(text)
         if not low <= value <= high or value == math.inf:
-            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: give {limits}")
+            raise argparse.ArgumentTypeError(f"{text}: give {low} to {high}")
         return value
     return number
 

@@ -9,7 +9,10 @@ import gc
 import os
 import socket
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ import memory  # noqa: E402
 from test_clamp import FixedViews, tiny_network, write_pictures  # noqa: E402
 
 fake = pytest.mark.skipif(bool(fake_cuda.MISSING), reason=fake_cuda.MISSING)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FEW = ["--views", "2", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
 
 
@@ -118,30 +122,98 @@ def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "error: out of GPU memory; lower --batch-size" in line
 
 
-def train_alike(rank, world, device, norm, compiled, folder, port):
+# -------- on real GPUs
+
+
+@pytest.fixture
+def no_tf32(monkeypatch):
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@gpu
+@pytest.mark.parametrize("function", [
+    lambda x, change: clamp.normalize(clamp.brightness(x, change)),
+    lambda x, change: clamp.contrast(x, change),
+    lambda x, change: clamp.saturation(x, change),
+    lambda x, change: clamp.hue(x, change),
+    lambda x, change: clamp.gaussian_blur(x, 1 + change, 5),
+    lambda x, change: clamp.resized_crop(x, torch.cat([change[..., 0].T * k for k in (0, 5, 30, 20)]), 24),
+    lambda x, change: clamp.packing_loss(x.flatten(2))[0],
+    lambda x, change: clamp.build_backbone("resnet18", "cifar").to(x.device).eval()(x),
+    lambda x, change: clamp.build_backbone("resnet18").to(x.device).eval()(x)])
+def test_a_gpu_computes_what_a_cpu_does(function, no_tf32):
+    torch.manual_seed(0)
+    x, change, results = torch.rand(4, 3, 40, 36), torch.rand(4, 1, 1, 1) + 0.1, []
+    for device in "cpu", "cuda":
+        torch.manual_seed(0)  # for the weights
+        results.append(function(x.to(device), change.to(device)).detach().cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("streamed, read_outs, others", [(False, 11, 6), (True, 3, 0)])
+def test_a_real_gpu_is_waited_for_as_often_as_the_fake_one(streamed, read_outs, others, tmp_path):
+    args = clamp.parse_args([*FEW, "--data", str(tmp_path / "photos"), "--out", str(tmp_path)])
+    data = torch.zeros(84, 3, 40, 36, dtype=torch.uint8), torch.arange(84)
+    if streamed:
+        write_pictures(tmp_path / "photos", 12, ((40, 50), (70, 30)))
+        data = None
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        clamp.train(args, network=tiny_network(), data=data)
+    torch.cuda.set_sync_debug_mode("default")
+    waits = Counter(w.lineno for w in caught if w.filename == clamp.__file__)
+    assert sum(waits.values()) == 6 * read_outs + others, waits
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_default_run_on_a_gpu_continues_and_is_evaluated(amp, tmp_path):
+    args, save = clamp.parse_args(["--amp", amp, "--out", str(tmp_path)]), clamp.save
+
+    def save_and_stop(*args, **contents):
+        save(*args, **contents)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(clamp, "save", save_and_stop), pytest.raises(KeyboardInterrupt):
+        clamp.train(args)
+    clamp.train(args)
+    for flags in [], ["--augment", "--epochs", "5"], ["--finetune", "--epochs", "2"]:
+        flags = [str(tmp_path), "--amp", amp, *flags]
+        result = eval_linear.evaluate(eval_linear.parse_args(flags))
+        assert min(result["top1"], result["knn"]) > 90  # untrained: 77 and 81
+
+
+def train_alike(rank, world, device, compiled, folder, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_float32_matmul_precision = lambda precision: None  # because TF32 is coarse
     torch.backends.cudnn.allow_tf32 = False
-    network = tiny_network(norm=norm)
+    network = tiny_network()
     if compiled:
         network.compile()
     args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
-                             "--amp", "off", "--device", device, "--out", f"{folder}/{world}"])
+                             "--amp", "off", "--device", device, "--out", folder])
     clamp.train(args, network=network, augment=FixedViews)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_two_gpus_train_as_one_does(compiled, tmp_path, device="cuda", norm=nn.BatchNorm2d):
-    for world in (1, 2):
+def test_gpus_train_as_one_cpu_does(world, compiled, tmp_path):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    for device, processes in ("cpu", 1), ("cuda", world):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        torch.multiprocessing.spawn(
-            train_alike, (world, device, norm, compiled, str(tmp_path), port), world)
-    one, two = (torch.load(tmp_path / f"{world}" / "checkpoint.pt") for world in (1, 2))
-    torch.testing.assert_close(two["network"], one["network"], rtol=1e-3, atol=2e-5)
-    assert [x["loss"] for x in two["log"]] == pytest.approx([x["loss"] for x in one["log"]], 1e-3)
+        torch.multiprocessing.spawn(train_alike, (
+            processes, device, compiled and device == "cuda", str(tmp_path / device), port),
+            processes)
+    cpu, cuda = (torch.load(tmp_path / device / "checkpoint.pt", "cpu") for device in ("cpu", "cuda"))
+    torch.testing.assert_close(cuda["network"], cpu["network"], rtol=1e-3, atol=2e-5)
+    assert [x["loss"] for x in cuda["log"]] == pytest.approx([x["loss"] for x in cpu["log"]], 1e-3)

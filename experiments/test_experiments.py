@@ -23,7 +23,7 @@ import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
 import sphere  # noqa: E402
-from test_clamp import loop_loss, tiny_network, torchrun  # noqa: E402
+from test_clamp import loop_loss, no_gpu, tiny_network, torchrun  # noqa: E402, F401
 
 TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32", "16"]
 ONE_STEP = [*TINY, "--limit", "32"]
