@@ -195,11 +195,11 @@ class MultiViewAugment:
         return torch.stack([crop(picture) for _ in range(self.views)])
 
     def photometric(self, x):
-        """Finish crops [m * b, 3, size, size] in 0..1, view after view."""
+        """Finish crops [m * b, 3, size, size] in 0..1. The b crops of a view stand together."""
         def uniform(low, high):
             return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-        def chance(*p):  # of the views in turn
+        def chance(*p):  # used by the views in turn
             p = torch.tensor([p[k % len(p)] for k in range(self.views)])
             p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
             return uniform(0, 1) < p.to(x.device, non_blocking=True)
@@ -207,8 +207,9 @@ class MultiViewAugment:
         x = torch.where(chance(self.flip_p), x.flip(3), x)
         jittered = chance(self.jitter_p)
         adjust = brightness, contrast, saturation, hue
-        for j in torch.randperm(4).tolist():  # one order for all images
-            x = adjust[j](x, uniform(-self.jitter[j], self.jitter[j]).where(jittered, 0))
+        for j in torch.randperm(4).tolist():  # one order for all crops
+            change = uniform(-self.jitter[j], self.jitter[j])
+            x = adjust[j](x, change.where(jittered, 0))
         x = torch.where(chance(self.gray_p), v2.functional.rgb_to_grayscale(x), x)
         sigma = uniform(0.1, 2.0).where(chance(*self.blur_p), 0)
         x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # a tenth of the side, as in SimCLR
@@ -218,8 +219,8 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class ResNetConv(nn.Conv2d):
-    """A ResNet's convolution. On maps so small that the kernel always covers the first pixel (up to
-    2 x 2 for 3x3), it is one matrix product without padding. On a CPU and at 32 px, this makes
+    """A ResNet's convolution. On a CPU and on maps so small that the kernel always covers the first
+    pixel (up to 2 x 2 for 3x3), it is one matrix product without padding. At 32 px, this makes
     training steps 1.4 times as fast."""
 
     def forward(self, x):
@@ -408,7 +409,7 @@ def image_batches(images, batches, transform, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless they have this size."""
+    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless a loader has done so."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -420,7 +421,6 @@ def extract_features(backbone, images, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(images, rows.split(256), crop, device, workers)
     bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    # crop() leaves pictures from files as they are: it has cropped them when they were loaded
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
     return torch.cat(parts).to(device)  # torch.cat on a GPU takes twice the memory
 
@@ -595,7 +595,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     bar.close()
     if rank == 0:
-        print("finished" if data or not len(knn_rows) else f"next: python eval_linear.py {out}")
+        hint = f"; next: python eval_linear.py {out}" if len(knn_rows) and not data else ""
+        print("finished" + hint)
 
 
 # -------- settings
@@ -687,9 +688,8 @@ def command_line(main):
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-size"
+        message = ("out of memory; lower --batch-size" if isinstance(error, torch.OutOfMemoryError)
+                   else str(error).split("UserError: ")[-1].strip())  # a worker adds its traceback
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -202,11 +202,10 @@ def test_views_equal_torchvision_given_the_same_parameters():
     torch.manual_seed(0)
     views = augment.photometric(x)
     torch.manual_seed(0)
-    flip, jitter = torch.rand(n) < 0.5, torch.rand(n) < 0.8
-    order = torch.randperm(4).tolist()
+    flip, jitter, order = torch.rand(n) < 0.5, torch.rand(n) < 0.8, torch.randperm(4).tolist()
     changes = {j: torch.empty(n).uniform_(-1, 1) * augment.jitter[j] for j in order}
-    gray, sigma, blur = torch.rand(n) < 0.2, torch.empty(n).uniform_(0.1, 2.0), torch.rand(n)
-    blur, solarize = blur.view(5, 30), torch.rand(n).view(5, 30)
+    gray, sigma = torch.rand(n) < 0.2, torch.empty(n).uniform_(0.1, 2.0)
+    blur, solarize = torch.rand(5, 30), torch.rand(5, 30)
     blur = torch.cat([blur[0] < 1, blur[1] < 0.3, blur[2] < 0, blur[3] < 1, blur[4] < 0.3])
     solarize = torch.cat([row < p for row, p in zip(solarize, (0, 0.6, 0, 0.6, 0))])
     adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
