@@ -38,7 +38,7 @@ from tqdm import tqdm
 # -------- packing loss
 
 def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
-    """The logarithm of the packing's energy (arXiv 2506.13717, constants of the release).
+    """The logarithm of the packing's energy (arXiv 2506.13717, constants of its authors' code).
     z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
 
         Z_i, L_i = mean and covariance of image i's views on the unit sphere
@@ -46,7 +46,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         E = 1/2 sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
         loss = log(E + 1e-6)
 
-    As in the release, centres closer than 1e-3 do not repel each other.
+    As in the authors' code, centres closer than 1e-3 do not repel each other.
     center: subtract the mean of all embeddings before they are projected onto the sphere.
 
     Returns the loss and a dict of detached numbers that describe the packing."""
@@ -84,9 +84,9 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() take pictures [n, 3, h, w] in 0..1 and a number for each of them,
-# [n, 1, 1, 1], which is 0 for no change. torchvision's functions take one number for all pictures.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; Python numbers need no copy
+# brightness() to gaussian_blur() are torchvision's, but for one number per picture: x is
+# [n, 3, h, w] in 0..1, and change or sigma is [n, 1, 1, 1], where 0 changes nothing.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; floats need no copy to GPUs
 
 
 def draw_boxes(x, scale):
@@ -110,7 +110,7 @@ def resize_matrix(start, length, size, full):
     pixels to `size` pixels, bilinear and antialiased."""
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]
-    source = torch.arange(full, device=start.device) - start[:, None, None]  # the box starts at 0
+    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0: the box's start
     distance = (source + 0.5 - (target + 0.5) * scale).abs()
     weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
     weight = weight.where((source >= 0) & (source < length[:, None, None]), 0)
@@ -170,7 +170,7 @@ def normalize(x):
 class MultiViewAugment:
     """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
     the steps of SimCLR and BYOL. View k uses blur_p[k % len(blur_p)], and solarize_p alike. Images
-    from files come as crops [b, m, 3, size, size], which crop() has made in a loader worker."""
+    from files come as crops [b, m, 3, size, size], which crop() made when they were read."""
     size: int
     views: int
     crop_scale: tuple = (0.08, 1.0)  # share of the picture's area, in any order
@@ -195,14 +195,14 @@ class MultiViewAugment:
         return torch.stack([crop(picture) for _ in range(self.views)])
 
     def photometric(self, x):
-        """Finish crops [m * b, 3, size, size] in 0..1. The b crops of a view stand together."""
+        """Crops [m * b, 3, size, size] in 0..1, first the b of view 0, to normalised views."""
         def uniform(low, high):
             return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-        def chance(*p):  # used by the views in turn
-            p = torch.tensor([p[k % len(p)] for k in range(self.views)])
-            p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
-            return uniform(0, 1) < p.to(x.device, non_blocking=True)
+        def chance(*p):  # view k uses p[k % len(p)]
+            by_view = torch.tensor([p[k % len(p)] for k in range(self.views)])
+            by_crop = by_view.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
+            return uniform(0, 1) < by_crop.to(x.device, non_blocking=True)
 
         x = torch.where(chance(self.flip_p), x.flip(3), x)
         jittered = chance(self.jitter_p)
@@ -212,21 +212,21 @@ class MultiViewAugment:
             x = adjust[j](x, change.where(jittered, 0))
         x = torch.where(chance(self.gray_p), v2.functional.rgb_to_grayscale(x), x)
         sigma = uniform(0.1, 2.0).where(chance(*self.blur_p), 0)
-        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # a tenth of the side, as in SimCLR
+        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # about side / 10, as SimCLR
         return normalize(torch.where(chance(*self.solarize_p) & (x >= 0.5), 1 - x, x))
 
 
 # -------- network and optimiser
 
 class ResNetConv(nn.Conv2d):
-    """A ResNet's convolution. On a CPU and on maps so small that the kernel always covers the first
-    pixel (up to 2 x 2 for 3x3), it is one matrix product without padding. At 32 px, this makes
-    training steps 1.4 times as fast."""
+    """A ResNet's convolution. On a CPU, if the kernel covers pixel (0, 0) in all its places (3x3 on
+    maps up to 2 x 2), it is one matrix product without padding. At 32 px, this makes training
+    steps 1.4 times as fast."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
         tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if x.is_cuda or max(tops[-1], lefts[-1]) > p:  # the last place misses the first pixel
+        if x.is_cuda or max(tops[-1], lefts[-1]) > p:  # a place misses pixel (0, 0)
             return super().forward(x)
         x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
         taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
@@ -235,8 +235,8 @@ class ResNetConv(nn.Conv2d):
 
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
-    """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. The stem
-    "cifar" is the release's for 32 px. zero_init: residual branches start from zero."""
+    """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. stem:
+    "imagenet", or "cifar", the authors' for 32 px. zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
@@ -409,7 +409,7 @@ def image_batches(images, batches, transform, device, workers=0):
 # -------- read-out and processes
 
 def center_crop(images, size):
-    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless a loader has done so."""
+    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless that is their size."""
     if images.shape[-2:] == (size, size):
         return images
     return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
@@ -484,7 +484,7 @@ def save(out, **contents):
 
 def load_checkpoint(out, settings):
     """The checkpoint in `out`, whose settings must be these, or an empty one for a new run."""
-    if not list(out.glob("*.pt")):  # a lone backbone.pt is not overwritten
+    if not list(out.glob("*.pt")):  # any .pt, so that no backbone.pt is lost
         return {"epoch": 0, "log": []}
     try:
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -529,7 +529,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment = (augment or MultiViewAugment)(**{  # its fields are named as the flags
         f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # on CPUs each keeps its own statistics
+    if device.type == "cuda" and world > 1:  # it has no CPU version
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
@@ -610,7 +610,7 @@ SMALL = dict(  # ours: an hour on two CPU cores
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
 RECIPES = {
     "patterns": SMALL | dict(  # ours: minutes
-        data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=2, lr=1.6),
+        data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=3, lr=1.6),
     "small": SMALL,
     "cifar10-published": dict(data="cifar10"),
     "imagenet100": IMAGENET | dict(data="imagenet100", epochs=200, lr=2.0),
