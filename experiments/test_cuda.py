@@ -1,4 +1,4 @@
-"""What can be known of the CUDA path without a GPU, and one test for a machine with two.
+"""What can be known of the CUDA path without a GPU, and tests for machines with one or two.
 
 The tests on fake CUDA tensors (fake_cuda.py) run clamp.train and eval_linear.evaluate themselves.
 They fail if an operation mixes devices, if a mask is an index, and if the CPU waits for the GPU
