@@ -86,7 +86,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 # -------- augmentation
 # brightness() to gaussian_blur() are torchvision's, but for one number per picture: x is
 # [n, 3, h, w] in 0..1, and change or sigma is [n, 1, 1, 1], where 0 changes nothing.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; floats need no copy to GPUs
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; no tensors: a GPU would wait
 
 
 def draw_boxes(x, scale):
@@ -110,7 +110,7 @@ def resize_matrix(start, length, size, full):
     pixels to `size` pixels, bilinear and antialiased."""
     scale = (length / size)[:, None, None]
     target = torch.arange(size, device=start.device)[:, None]
-    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0: the box's start
+    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0 is the box's start
     distance = (source + 0.5 - (target + 0.5) * scale).abs()
     weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
     weight = weight.where((source >= 0) & (source < length[:, None, None]), 0)
@@ -195,33 +195,30 @@ class MultiViewAugment:
         return torch.stack([crop(picture) for _ in range(self.views)])
 
     def photometric(self, x):
-        """Crops [m * b, 3, size, size] in 0..1, first the b of view 0, to normalised views."""
+        """Turn crops [m * b, 3, size, size] in 0..1 into normalised views. View 0's come first."""
         def uniform(low, high):
             return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
         def chance(*p):  # view k uses p[k % len(p)]
-            by_view = torch.tensor([p[k % len(p)] for k in range(self.views)])
-            by_crop = by_view.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
-            return uniform(0, 1) < by_crop.to(x.device, non_blocking=True)
+            by_crop = torch.tensor(p)[torch.arange(len(x)) * self.views // len(x) % len(p)]
+            return uniform(0, 1) < by_crop.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
 
         x = torch.where(chance(self.flip_p), x.flip(3), x)
         jittered = chance(self.jitter_p)
         adjust = brightness, contrast, saturation, hue
         for j in torch.randperm(4).tolist():  # one order for all crops
-            change = uniform(-self.jitter[j], self.jitter[j])
-            x = adjust[j](x, change.where(jittered, 0))
+            x = adjust[j](x, uniform(-self.jitter[j], self.jitter[j]).where(jittered, 0))
         x = torch.where(chance(self.gray_p), v2.functional.rgb_to_grayscale(x), x)
         sigma = uniform(0.1, 2.0).where(chance(*self.blur_p), 0)
-        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # about side / 10, as SimCLR
+        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # about a tenth of the side
         return normalize(torch.where(chance(*self.solarize_p) & (x >= 0.5), 1 - x, x))
 
 
 # -------- network and optimiser
 
 class ResNetConv(nn.Conv2d):
-    """A ResNet's convolution. On a CPU, if the kernel covers pixel (0, 0) in all its places (3x3 on
-    maps up to 2 x 2), it is one matrix product without padding. At 32 px, this makes training
-    steps 1.4 times as fast."""
+    """A ResNet's convolution. On a CPU it is a matrix product without padding, if the kernel covers
+    pixel (0, 0) in all places (3x3: maps up to 2 x 2). At 32 px, a step is 1.4 times as fast."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
@@ -445,9 +442,10 @@ def gather(z):
     """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
     DDP averages the gradients instead of adding them, so backpropagate `world` times the loss."""
     rank, world = rank_and_world()
+    if world == 1:
+        return z
     parts = [torch.empty_like(z) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(parts, z.detach().contiguous())
+    dist.all_gather(parts, z.detach().contiguous())
     parts[rank] = z
     return torch.cat(parts, 1)
 
@@ -484,7 +482,7 @@ def save(out, **contents):
 
 def load_checkpoint(out, settings):
     """The checkpoint in `out`, whose settings must be these, or an empty one for a new run."""
-    if not list(out.glob("*.pt")):  # any .pt, so that no backbone.pt is lost
+    if not list(out.glob("*.pt")):  # a lone backbone.pt is refused below
         return {"epoch": 0, "log": []}
     try:
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -529,7 +527,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     augment = (augment or MultiViewAugment)(**{  # its fields are named as the flags
         f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
     network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # it has no CPU version
+    if device.type == "cuda" and world > 1:  # CPUs have no SyncBatchNorm
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
@@ -623,7 +621,8 @@ def within(low, high=math.inf):
     def number(text):
         value = type(low)(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: give {low} to {high}")
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give {limits}")
         return value
     return number
 
@@ -688,8 +687,9 @@ def command_line(main):
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        message = ("out of memory; lower --batch-size" if isinstance(error, torch.OutOfMemoryError)
-                   else str(error).split("UserError: ")[-1].strip())  # a worker adds its traceback
+        message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory; lower --batch-size"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -49,8 +49,8 @@ def load_backbone(path, pretrained=True, backbone=None):
 
 
 def labelled_rows(images, labels, part, seed):
-    """The images whose labels are used: all, a fraction of each class, or those that a text file
-    names, without spaces, such as n01440764_10026.JPEG (as SimCLR's splits of ImageNet do)."""
+    """The images whose labels are used: all, a fraction of each class, or those whose file names
+    (without spaces) stand in a text file, such as SimCLR's splits of ImageNet."""
     if part is None:
         return torch.arange(len(labels))
     if isinstance(part, float):
@@ -81,8 +81,8 @@ def extract(network, images, options):
 
 def batches(train, args, options):
     """Yield for each step the factor on the learning rate, the batch as rows of train (process 0's
-    share comes first), and the views of this process's share. Without --augment and --finetune
-    there are no views, but None."""
+    share comes first), and the views of this process's share. The views are None without
+    --augment and --finetune."""
     (rank, world), n = clamp.rank_and_world(), len(train.labels)
     steps = n // args.batch_size
     if args.batch_size % world or not steps:

@@ -205,9 +205,8 @@ def test_views_equal_torchvision_given_the_same_parameters():
     flip, jitter, order = torch.rand(n) < 0.5, torch.rand(n) < 0.8, torch.randperm(4).tolist()
     changes = {j: torch.empty(n).uniform_(-1, 1) * augment.jitter[j] for j in order}
     gray, sigma = torch.rand(n) < 0.2, torch.empty(n).uniform_(0.1, 2.0)
-    blur, solarize = torch.rand(5, 30), torch.rand(5, 30)
-    blur = torch.cat([blur[0] < 1, blur[1] < 0.3, blur[2] < 0, blur[3] < 1, blur[4] < 0.3])
-    solarize = torch.cat([row < p for row, p in zip(solarize, (0, 0.6, 0, 0.6, 0))])
+    blur = (torch.rand(5, 30) < torch.tensor([[1], [0.3], [0], [1], [0.3]])).flatten()
+    solarize = (torch.rand(5, 30) < torch.tensor([[0], [0.6], [0], [0.6], [0]])).flatten()
     adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
     for i in range(n):
         y = TF.hflip(x[i]) if flip[i] else x[i]
@@ -381,8 +380,8 @@ def fit_options(*flags):
 
 
 def torch_logits(network, rates, x, labels, epochs):
-    """Logits of x after torch's SGD, which has a learning rate for each layer, on the batches of
-    eval_linear.batches()."""
+    """Logits of x by a network that torch's SGD has trained on the batches of
+    eval_linear.batches(), with a learning rate for each layer."""
     groups = [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(network, rates)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * epochs)
@@ -629,16 +628,16 @@ def refusal(capfd, script, *argv):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--views 1", "--views: 1: give 2 to inf"),
+    ("--views 1", "--views: 1: give 2 or more"),
     ("--batch-size 6000", "--batch-size 6000: must be at most 5000, the number of images"),
-    ("--limit 0", "--limit: 0: give 1 to inf"),
-    ("--epochs -3", "--epochs: -3: give 1 to inf"),
-    ("--lr nan", "--lr: nan: give 0.0 to inf"),
-    ("--lr inf", "--lr: inf: give 0.0 to inf"),
-    ("--radius-scale 0", "--radius-scale: 0: give 0.001 to inf"),
+    ("--limit 0", "--limit: 0: give 1 or more"),
+    ("--epochs -3", "--epochs: -3: give 1 or more"),
+    ("--lr nan", "--lr: nan: give 0.0 or more"),
+    ("--lr inf", "--lr: inf: give 0.0 or more"),
+    ("--radius-scale 0", "--radius-scale: 0: give 0.001 or more"),
     ("--jitter 0 0 2 0", "--jitter: 2: give 0.0 to 1.0"),
     ("--projector abc", "--projector: invalid number value: 'abc'"),
-    ("--projector 64 0", "--projector: 0: give 1 to inf"),
+    ("--projector 64 0", "--projector: 0: give 1 or more"),
     ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns, cifar10"),
     ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
     ("--data {tmp}/empty", "empty: no pictures in"),
@@ -667,7 +666,7 @@ def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
             ([tmp_path, "--labels", "2"], "--labels: 2: give 1e-06 to 1.0"),
             ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_existing_file value"),
             ([tmp_path, "--limit", "200"], "--batch-size 256: must be at most 180, the images to"),
-            ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 to inf")):
+            ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
         assert words in refusal(capfd, eval_linear, *argv)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -188,7 +188,7 @@ def build_simsiam(args):
 
 class BYOL(nn.Module):
     """Pictures -> prediction, and projection by a momentum copy of backbone and projector. At each
-    training step the copy keeps the share 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
+    step it keeps this share of its weights: 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
 
     def __init__(self, args, steps, momentum=0.99):
         super().__init__()

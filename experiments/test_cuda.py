@@ -119,7 +119,7 @@ def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         clamp.command_line(lambda: clamp.train(args, loss_fn, tiny_network()))
     line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "error: out of memory; lower --batch-size" in line
+    assert stop.value.code == 2 and "error: out of GPU memory; lower --batch-size" in line
 
 
 # -------- on real GPUs
