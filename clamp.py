@@ -84,9 +84,9 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() are torchvision's, but for one number per picture: x is
-# [n, 3, h, w] in 0..1, and change or sigma is [n, 1, 1, 1], where 0 changes nothing.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; no tensors: a GPU would wait
+# brightness() to gaussian_blur() compute what torchvision's do, but each picture has a number of
+# its own: x is [n, 3, h, w] in 0..1, change or sigma is [n, 1, 1, 1], and 0 changes nothing.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; tensors would delay a GPU
 
 
 def draw_boxes(x, scale):
@@ -217,8 +217,8 @@ class MultiViewAugment:
 # -------- network and optimiser
 
 class ResNetConv(nn.Conv2d):
-    """A ResNet's convolution. On a CPU it is a matrix product without padding, if the kernel covers
-    pixel (0, 0) in all places (3x3: maps up to 2 x 2). At 32 px, a step is 1.4 times as fast."""
+    """nn.Conv2d; on a CPU and tiny maps, a matrix product that skips the padding. A map is tiny if
+    the kernel always covers pixel (0, 0): 2 x 2 for 3x3. A step at 32 px is 1.4 times as fast."""
 
     def forward(self, x):
         (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
@@ -488,7 +488,7 @@ def load_checkpoint(out, settings):
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["settings"]
     except Exception:  # torch.load raises many types
-        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out") from None
+        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out")
     names = (settings.keys() | saved.keys()) - {"out", "recipe", "device", "workers"}
     changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
@@ -503,21 +503,21 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
     augment: a subclass of MultiViewAugment
     data: images and labels, as load_data returns them"""
+    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))  # no Path, numpy
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     out, own = Path(args.out), dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
     settings = vars(args) | {k: f"own {getattr(v, '__name__', type(v).__name__)}"
                              for k, v in own.items() if v is not None}
-    checkpoint = [load_checkpoint(out, settings) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(checkpoint, device=device)
-    checkpoint = checkpoint[0]
+    checkpoint = load_checkpoint(out, settings)
     start, log = checkpoint["epoch"], checkpoint["log"]
     images, labels = data or load_data(args.data, "train", args.limit, args.seed)
     n, steps = len(labels), len(labels) // args.batch_size
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
+    if torch.is_tensor(images) and images.dtype != torch.uint8:
+        raise UserError(f"data: the images are {images.dtype}; give uint8 from 0 to 255")
     images = images.to(device) if torch.is_tensor(images) else images
     torch.manual_seed(args.seed)  # for knn_rows and the weights
     knn_rows = (labels >= 0).nonzero()[:, 0]
@@ -571,7 +571,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
             if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # item() waits for a GPU
                 readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
                 bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
-                weight_norm = nn.utils.get_total_norm(network.parameters())
+                weight_norm = nn.utils.get_total_norm(network.parameters())  # loss may hide NaNs
                 if not math.isfinite(readings[-1]["loss"]) or not weight_norm.isfinite():
                     raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give "
                                     "another --out and a lower --lr")
@@ -689,7 +689,7 @@ def command_line(main):
     except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
         message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-size"
+            message = "out of GPU memory; lower --batch-size or --limit"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

@@ -44,7 +44,7 @@ def load_backbone(path, pretrained=True, backbone=None):
             backbone.load_state_dict(saved["backbone"])  # raises if the keys differ
     except Exception:  # torch.load raises many kinds
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
-                              "folder or a backbone.pt, or pass evaluate() a backbone") from None
+                              "folder or a backbone.pt, or pass evaluate() a backbone")
     return backbone.eval(), saved
 
 
@@ -60,8 +60,8 @@ def labelled_rows(images, labels, part, seed):
     names, files = set(Path(part).read_text().split()), [] if torch.is_tensor(images) else images
     rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
     if not len(rows) or len(rows) != len(names):
-        raise clamp.UserError(f"--labels {part}: of its {len(names)} names, {len(rows)} belong to "
-                              "training pictures that are not kept in memory")
+        raise clamp.UserError(f"--labels {part}: its {len(names)} names fit {len(rows)} training "
+                              "files; each must fit one, not kept in memory")
     return rows
 
 
@@ -114,7 +114,7 @@ def probe(train, test, rates, classes, backbone, args, options):
 
     weight = torch.zeros(len(mean) + 1, len(rates) * classes, device=mean.device)
     velocity = torch.zeros_like(weight)
-    rates = torch.tensor(rates, device=mean.device).repeat_interleave(classes)
+    column_rates = torch.tensor(rates, device=mean.device).repeat_interleave(classes)
     for scale, batch, views in batches(train, args, options):
         if views is None:
             x = train.features[batch]
@@ -123,7 +123,7 @@ def probe(train, test, rates, classes, backbone, args, options):
         x, y = standardise(x), F.one_hot(train.labels[batch], classes)
         error = (x @ weight).unflatten(1, (-1, classes)).softmax(2) - y[:, None]
         velocity = 0.9 * velocity + x.T @ error.flatten(1) / len(x)
-        weight -= rates * scale * velocity
+        weight -= column_rates * scale * velocity
     return (standardise(test.features) @ weight).unflatten(1, (-1, classes)).transpose(0, 1)
 
 
@@ -214,17 +214,17 @@ def parse_args(argv=None):
         return text if Path(text).is_file() else clamp.within(1e-6, 1.0)(text)
 
     parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     description="Evaluate the backbone of a run of clamp.py.")
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
-    add("--data", help="data set or folder; default: what the run was trained on")
+    add("--data", help="data set or folder; if None, what the run was trained on")
     add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
     add("--labels", type=fraction_or_existing_file, help="share of the labels, or file of names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
-    add("--lr", type=clamp.within(0.0), nargs="+", help="learning rates to choose from")
-    add("--epochs", type=clamp.within(1), help="default: 100, or 20 for --finetune")
+    add("--lr", type=clamp.within(0.0), nargs="+", help="rates to choose from; if None, 5 or 6")
+    add("--epochs", type=clamp.within(1), help="if None, 100, or 20 for --finetune")
     add("--batch-size", type=clamp.within(2), default=256, help="images a step, over all processes")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)

@@ -430,7 +430,7 @@ def test_labels_by_fraction_and_by_list(tmp_path):
     assert not torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=1))
     (tmp_path / "list").write_text("002.jpg\n100.jpg\n")
     assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
-    with pytest.raises(clamp.UserError, match="of its 2 names, 0 belong"):
+    with pytest.raises(clamp.UserError, match="its 2 names fit 0 training files"):
         eval_linear.labelled_rows(files[:2], labels, str(tmp_path / "list"), 0)
 
 
@@ -554,7 +554,8 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     images, labels = torch.full((80, 3, 32, 32), 40, dtype=torch.uint8), torch.arange(80) % 2
     images[torch.arange(80), 2 * labels] = 200
     network = tiny_network()
-    args = clamp.parse_args([*TINY, "--out", str(tmp_path)])
+    args = clamp.parse_args([*TINY])
+    args.out, args.lr = tmp_path, np.float64(args.lr)  # as a script may set them
     clamp.train(args, network=network, data=(images, labels))
     assert read_log(tmp_path)[2]["knn"] == 100
     few = [str(tmp_path), "--batch-size", "36", "--epochs", "5"]
@@ -568,6 +569,8 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
         eval_linear.load_backbone(tmp_path)
     with pytest.raises(clamp.UserError, match="another data, network"):
         clamp.train(clamp.parse_args([*TINY, "--out", str(tmp_path)]))
+    with pytest.raises(clamp.UserError, match="images are torch.float32; give uint8"):
+        clamp.train(clamp.parse_args(["--out", f"{tmp_path}/float"]), data=(images / 255, labels))
 
 
 # -------- command line

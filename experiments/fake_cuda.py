@@ -133,7 +133,7 @@ def fake_gpu(world=1, dtype=torch.bfloat16):
         torch.cuda.amp.common: dict(amp_definitely_not_available=lambda: False),
         torch.cuda: dict(is_available=lambda: False, is_bf16_supported=lambda: True),
         torch.Tensor: dict(backward=backward),
-        dist: dict(broadcast_object_list=nothing, all_gather=nothing, all_reduce=nothing),
+        dist: dict(all_gather=nothing, all_reduce=nothing),
         nn.parallel: dict(DistributedDataParallel=with_buckets),
         nn.SyncBatchNorm: dict(convert_sync_batchnorm=lambda network: network),
         clamp: dict(start_processes=lambda args: (CUDA, dtype), rank_and_world=lambda: (0, world),
