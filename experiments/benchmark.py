@@ -1,4 +1,4 @@
-"""What the parts of clamp.py cost beside the usual ways of doing them, side by side in one run.
+"""Time and memory of the parts of clamp.py and of the usual ways of doing the same, in one run.
 
     python experiments/benchmark.py             some ten minutes on two CPU cores
     python experiments/benchmark.py --quick     tiny sizes, to see that it runs

@@ -5,7 +5,8 @@
 METHODS, at the end of this file, lists what each method brings: a loss, and for some a network, an
 augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
 processes, and returns its value and a dict of numbers to log. Its other arguments are flags, too,
-such as --temperature for simclr. All views go through the network, and its batch norm, together.
+such as --temperature for simclr; --help shows clamp.py's flags only. All views go through the
+network, and its batch norm, together.
 
 no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
 two radii is at the cap, so that only the centres matter.
@@ -72,7 +73,7 @@ def vicreg(z, weight=0.04):
 
 
 def mmcr(z):
-    """Minus the nuclear norm of the centroids, by image (arXiv 2303.03307 has the sum)."""
+    """Minus the nuclear norm of the centroids / b (arXiv 2303.03307 does not divide by b)."""
     centroids = F.normalize(z, dim=2).mean(0)
     return -torch.linalg.matrix_norm(centroids, "nuc") / len(centroids), {}
 
@@ -123,7 +124,7 @@ def simsiam(z):
 
 
 def byol(z):
-    """BYOL: the same as 4 - 4 cosines (arXiv 2006.07733). Its projection is a momentum copy's."""
+    """BYOL: 4 - 4 of simsiam()'s cosines (arXiv 2006.07733). A momentum copy makes projections."""
     return 4 + 4 * simsiam(z)[0], {}
 
 

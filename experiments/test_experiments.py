@@ -331,7 +331,7 @@ def test_snippets_of_the_readme_train(words, tmp_path, monkeypatch):
     code, = (code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if words in code)
     parse_args, out = clamp.parse_args, ["--out", str(tmp_path)]
     monkeypatch.setattr(clamp, "parse_args", lambda flags: parse_args([*flags, *TINY, *out]))
-    exec(code, {"clamp": clamp, "nn": torch.nn, "torchvision": torchvision})
+    exec(code, dict(clamp=clamp, nn=torch.nn, torch=torch, torchvision=torchvision))
     assert (tmp_path / "backbone.pt").exists()
 
 
