@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -462,8 +461,7 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),  # downloads
-                                device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
             else torch.cpu._is_avx512_bf16_supported())
     amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
@@ -530,6 +528,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
     if device.type == "cuda" and world > 1:  # CPUs have no SyncBatchNorm
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile(mode=args.compile)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if start:
@@ -592,9 +592,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
              checkpoint=dict(state, log=log, network=network.state_dict(),
                              optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
     bar.close()
-    if rank == 0:
-        hint = f"; next: python eval_linear.py {out}" if len(knn_rows) and not data else ""
-        print("finished" + hint)
+    if rank == 0 and len(knn_rows) and not data:
+        print(f"finished; next: python eval_linear.py {out}")
 
 
 # -------- settings
@@ -661,6 +660,7 @@ def parse_args(argv=None):
     add("--gray-p", type=share, default=0.2, help="probability of grey")
     add("--blur-p", type=share, nargs="+", default=[0.5], help="of blur; used by views in turn")
     add("--solarize-p", type=share, nargs="+", default=[0.0], help="of solarising, likewise")
+    add("--compile", choices=("default", "reduce-overhead"), help="mode of torch.compile; for GPUs")
     add_machine_flags(parser)
 
     known, _ = parser.parse_known_args(argv)  # once for the recipe, once with its settings

@@ -111,6 +111,20 @@ def test_peak_memory_is_counted_to_the_byte_and_grows_with_the_batch():
     assert peaks[0] < peaks[3] < peaks[0] + 0.1  # DDP's buckets
 
 
+def test_compile_lets_the_compiled_network_make_every_step(tmp_path, monkeypatch):
+    """With a stand-in for torch.compile, because compiling takes a minute on a CPU."""
+    calls = []
+
+    def compiler(function, mode):
+        return lambda *x: calls.append(mode) or function(*x)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    args = clamp.parse_args([*FEW, "--limit", "12", "--compile", "reduce-overhead",
+                             "--out", str(tmp_path)])
+    clamp.train(args, network=tiny_network())
+    assert calls == ["reduce-overhead"] * 3
+
+
 def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
     def loss_fn(z):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -193,12 +207,10 @@ def train_alike(rank, world, device, compiled, folder, port):
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_float32_matmul_precision = lambda precision: None  # because TF32 is coarse
     torch.backends.cudnn.allow_tf32 = False
-    network = tiny_network()
-    if compiled:
-        network.compile()
     args = clamp.parse_args(["--limit", "24", "--batch-size", "12", "--epochs", "3", "--lr", "4",
-                             "--eta", "0.1", "--amp", "off", "--device", device, "--out", folder])
-    clamp.train(args, network=network, augment=FixedViews)
+                             "--eta", "0.1", "--amp", "off", "--device", device, "--out", folder,
+                             *(["--compile", "default"] if compiled else [])])
+    clamp.train(args, network=tiny_network(), augment=FixedViews)
     dist.barrier()
     dist.destroy_process_group()
 
