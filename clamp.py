@@ -5,7 +5,7 @@ ellipsoid, which the loss treats as a ball. Balls that overlap repel each other,
 this packing trains a ResNet without labels.
 
     torchrun clamp.py                      minutes on a laptop, nothing to download
-    torchrun clamp.py --data cifar10       about an hour on two CPU cores
+    torchrun clamp.py --data cifar10       one or two hours on two CPU cores
     torchrun clamp.py --data photos        your own folder of pictures
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet
 
@@ -602,7 +602,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None):
 IMAGENET = dict(  # published
     arch="resnet50", stem="imagenet", projector=[8192, 8192, 512], size=224, radius_scale=8.5,
     views=4, batch_size=512, jitter=[0.4, 0.4, 0.2, 0.1], blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2])
-SMALL = dict(  # ours: an hour on two CPU cores
+SMALL = dict(  # ours: an hour or two on two CPU cores
     data="cifar10", stem="imagenet", zero_init=True, max_reach=1.2, views=2, epochs=30,
     warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
 RECIPES = {
