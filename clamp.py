@@ -1,12 +1,12 @@
 """CLAMP: contrastive self-supervised learning as neural manifold packing (arXiv 2506.13717).
 
-The augmented views of an image form a small cloud on the unit sphere. Each cloud is wrapped in an
-ellipsoid, which the loss treats as a ball. Balls that overlap repel each other, and the energy of
-this packing trains a ResNet without labels.
+The augmented views of an image form a small cloud on the unit sphere. The loss wraps each cloud in
+a ball, and balls that overlap repel each other. The energy of this packing trains a ResNet without
+labels.
 
     torchrun clamp.py                      minutes on a laptop, nothing to download
-    torchrun clamp.py --data cifar10       one or two hours on two CPU cores
-    torchrun clamp.py --data photos        your own folder of pictures
+    torchrun clamp.py --data cifar10       an hour on two CPU cores
+    torchrun clamp.py --data photos        your own folder of images
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet
 
 The run folder gets views.png (augmented views, one image a row), log.jsonl (one line an epoch),
@@ -19,8 +19,10 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,100 +30,112 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets import folder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 # -------- packing loss
 
-def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
-    """The logarithm of the packing's energy (arXiv 2506.13717, constants of its authors' code).
-    z: embeddings [m, b, d] of m >= 2 views of b images. Types other than float64 become float32.
+def balls(z, radius_scale=7.0, center=True):
+    """Wrap the views of each image in a ball: z [m, b, d] -> centres Z_i [b, d], radii r_i [b].
 
-        Z_i, L_i = mean and covariance of image i's views on the unit sphere
+        Z_i, L_i = mean and covariance of image i's m embeddings on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
-        E = 1/2 sum over i != j of max(0, 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach))^2
-        loss = log(E + 1e-6)
 
-    As in the authors' code, centres closer than 1e-3 do not repel each other.
-    center: subtract the mean of all embeddings before they are projected onto the sphere.
-
-    Returns the loss and a dict of detached numbers that describe the packing."""
+    center: subtract the mean of all embeddings before they are put on the sphere.
+    float64 stays float64; other types become float32. Raises ValueError if m < 2."""
     if z.ndim != 3 or len(z) < 2:
-        raise ValueError(f"packing_loss takes z [views >= 2, images, d], not {list(z.shape)}")
+        raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
     z = z if z.dtype == torch.float64 else z.float()
     if center:
         z = z - z.mean((0, 1))
     z = F.normalize(z, dim=2)
-    centers = z.mean(0)  # Z_i
-    trace = (z - centers).square().sum((0, 2)) / (m - 1)  # Tr(L_i)
-    radii = radius_scale * (trace / min(m, d) + 1e-12).sqrt()  # r_i
+    trace = z.var(0).sum(1)  # Tr(L_i), the sum of the variances
+    return z.mean(0), radius_scale * (trace / min(m, d) + 1e-12).sqrt()
 
-    exact = centers.double()  # in float32 cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(z.dtype)
+
+def overlap(centers, radii, max_reach=1.5):
+    """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
+    for balls that are apart, and -inf if i = j. As in the authors' code, it is -inf, too, if the
+    centres are closer than 1e-3."""
+    exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
+    distance = torch.cdist(exact, exact).to(centers.dtype)
     reach = (radii[:, None] + radii).clamp(max=max_reach)
-    repel = (distance > 1e-3) & (distance < reach)  # false if i = j
-    overlap = (1 - distance / reach).where(repel, 0)
-    energy = overlap.square().sum() / 2
-    loss = (energy + 1e-6).log()
+    return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
-    with torch.no_grad():
-        offsets = exact - exact.mean(0)
-        covariance = offsets.T @ offsets / b
-        variance = covariance.trace()
-        geometry = {
-            "radius": radii.mean(),
-            "neighbours": repel.sum() / b,  # mean number per image
-            "spread": variance.sqrt(),  # of the centres around their mean
-            # 1 if the centres lie on a line, d if they spread equally in all directions
-            "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
-        }
-    return loss, geometry
+
+def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
+    """log(E + 1e-6), where E is the energy of the packing of embeddings z [m, b, d], which need not
+    be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
+    constants of the authors' code)."""
+    x = overlap(*balls(z, radius_scale, center), max_reach)
+    energy = x.relu().square().sum() / 2  # the potential; its sum must not be negative
+    return (energy + 1e-6).log()
+
+
+@torch.no_grad()
+def packing_numbers(z, radius_scale=7.0, max_reach=1.5, center=True):
+    """Scalars that describe the packing of z [m, b, d], for the log."""
+    centers, radii = balls(z, radius_scale, center)
+    neighbours = overlap(centers, radii, max_reach) > 0
+    offsets = (centers - centers.mean(0)).double()
+    covariance = offsets.T @ offsets / len(offsets)
+    variance = covariance.trace()
+    return {
+        "radius": radii.mean(),
+        "neighbours": neighbours.sum() / len(radii),  # of a ball, on average
+        "spread": variance.sqrt(),  # of the centres around their mean
+        # 1 if the centres lie on a line, d if they spread equally in all directions
+        "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
+    }
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() compute what torchvision's do, but each picture has a number of
-# its own: x is [n, 3, h, w] in 0..1, change or sigma is [n, 1, 1, 1], and 0 changes nothing.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; tensors would delay a GPU
+# brightness() to gaussian_blur() compute what torchvision's functions do, but with a change or a
+# sigma for each image: x is [n, 3, h, w] in 0..1, the other is [n, 1, 1, 1]. 0 changes nothing.
 
-
-def draw_boxes(x, scale):
-    """Crop boxes (top, left, height, width) [4, n] for x [n, 3, h, w], as RandomResizedCrop draws
-    them: the first of ten tries that fits, or else the largest central box of an allowed shape."""
+def random_boxes(x, scale):
+    """Crop boxes (top, left, height, width), [4, n], for x [n, 3, h, w], drawn as RandomResizedCrop
+    draws them: the first of ten tries that fits into the image, or else its middle."""
     n, _, height, width = x.shape
-    area = height * width * torch.empty(10, n, device=x.device).uniform_(*sorted(scale))
+    area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    found, first = fits.any(0), fits.int().argmax(0, keepdim=True)
-    h = h.gather(0, first)[0].where(found, min(height, round(width * 4 / 3)))
-    w = w.gather(0, first)[0].where(found, min(width, round(height * 4 / 3)))
-    room = torch.stack([height - h, width - w])
-    corner = (torch.rand_like(room) * (room + 1)).floor().where(found, room // 2)
-    return torch.cat([corner, torch.stack([h, w])])
+    found, first = fits.any(0), fits.int().argmax(0)  # argmax: the first of the largest
+    column = torch.arange(n, device=x.device)
+    h = torch.where(found, h[first, column], min(height, round(width * 4 / 3)))
+    w = torch.where(found, w[first, column], min(width, round(height * 4 / 3)))
+    u, v = torch.rand(2, n, device=x.device)
+    top = torch.where(found, (u * (height - h + 1)).floor(), (height - h) // 2)
+    left = torch.where(found, (v * (width - w + 1)).floor(), (width - w) // 2)
+    return torch.stack([top, left, h, w])
 
 
-def resize_matrix(start, length, size, full):
-    """Matrices [n, size, full] that resize the pixels start..start+length of a line of `full`
-    pixels to `size` pixels, bilinear and antialiased."""
-    scale = (length / size)[:, None, None]
-    target = torch.arange(size, device=start.device)[:, None]
-    source = torch.arange(full, device=start.device) - start[:, None, None]  # 0 is the box's start
-    distance = (source + 0.5 - (target + 0.5) * scale).abs()
-    weight = (1 - distance / scale.clamp(min=1)).clamp(min=0)
-    weight = weight.where((source >= 0) & (source < length[:, None, None]), 0)
+def resize_weights(start, length, size, full):
+    """Weights [n, size, full] with which each of `full` old pixels of a line counts in each of
+    `size` new ones, if the part from `start` on, of `length` pixels, is resized. As in bilinear
+    resizing with antialiasing, a weight falls linearly with the distance."""
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / size  # old pixels per new pixel
+    old = torch.arange(full, device=start.device) + 0.5 - start  # middles of the pixels
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    weight = (1 - (old - new).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = torch.where((0 < old) & (old < length), weight, 0)  # only pixels of the part
     return weight / weight.sum(2, keepdim=True)
 
 
 def resized_crop(x, boxes, size):
-    """Cut a box [4, n] out of each picture of x [n, 3, h, w] and resize it to size x size."""
+    """Cut its box out of each image of x [n, 3, h, w] and resize it: -> [n, 3, size, size]. As one
+    matrix product for all images, because F.interpolate takes one box at a time."""
     top, left, height, width = boxes
-    rows = resize_matrix(top, height, size, x.shape[2])[:, None]  # the same for all channels
-    columns = resize_matrix(left, width, size, x.shape[3])[:, None]
-    return rows @ x @ columns.mT
+    vertical = resize_weights(top, height, size, x.shape[2])[:, None]  # [n, 1, size, h]
+    horizontal = resize_weights(left, width, size, x.shape[3])[:, None]
+    return vertical @ x @ horizontal.mT
 
 
 def brightness(x, change):
@@ -138,158 +152,406 @@ def saturation(x, change):
 
 
 def hue(x, change):
-    """Shift the hue by `change` turns of the colour circle."""
-    value, largest = x.max(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    side = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest)  # g - b, b - r or r - g
-    angle = 2 * largest + side / chroma.where(chroma > 0, 1) + 6 * change  # sixths of a turn
-    # A channel is largest if its own angle is at most 1 away, and smallest from 2 away on.
-    own = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # red 0, green 2, blue 4
-    away = ((angle - own + 3) % 6 - 3).abs()
-    return value - chroma * (away - 1).clamp(0, 1)
+    """Shift the hue by `change` turns of the colour circle: from RGB to HSV and back."""
+    red, green, blue = x.unbind(1)
+    high, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    h = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    h = torch.where(high == red, (green - blue) / safe, h)  # in sixths: red 0, green 2, blue 4
+    h = h + 6 * change[:, 0]
+
+    def channel(n):  # the usual formula of HSV to RGB
+        k = (n + h) % 6
+        return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    return torch.stack([channel(5), channel(3), channel(1)], 1)
 
 
 def gaussian_blur(x, sigma, kernel):
-    """Blur with `kernel` taps, reflecting at the borders; sigma is in pixels."""
+    """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels."""
     n, channels, height, width = x.shape
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-0.5 * (taps / sigma.view(n, 1).clamp(min=1e-3)).square()).softmax(1)
     weights = weights.repeat_interleave(channels, 0)[:, None]  # [n * channels, 1, kernel]
     x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]  # [1, n * channels, ...]
-    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)
+    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)  # one group a channel and image
     x = F.conv2d(x, weights[:, :, None, :], groups=n * channels)
     return x.view(n, channels, height, width)
 
 
 def normalize(x):
-    return torch.stack([(c - mean) / std for c, mean, std in zip(x.unbind(1), MEAN, STD)], 1)
+    """By ImageNet's means and deviations. A tensor of them would make a GPU wait for a copy."""
+    red, green, blue = x.unbind(1)
+    return torch.stack(
+        [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225], 1)
 
 
 @dataclass
 class MultiViewAugment:
-    """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size] on the images' device, by
-    the steps of SimCLR and BYOL. View k uses blur_p[k % len(blur_p)], and solarize_p alike. Images
-    from files come as crops [b, m, 3, size, size], which crop() made when they were read."""
-    size: int
-    views: int
-    crop_scale: tuple = (0.08, 1.0)  # share of the picture's area, in any order
+    """Random views of images, by the steps of SimCLR and BYOL, on the images' device."""
+    size: int  # of a view, in pixels
+    views: int  # m
+    crop_scale: tuple = (0.08, 1.0)  # least and largest share of the image's area
     flip_p: float = 0.5
     jitter: tuple = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
     gray_p: float = 0.2
-    blur_p: tuple = (0.5,)
+    blur_p: tuple = (0.5,)  # view k uses blur_p[k % len(blur_p)], and solarize_p alike
     solarize_p: tuple = (0.0,)
 
     def __call__(self, images):
-        if images.ndim == 5:
-            x = images.transpose(0, 1).flatten(0, 1) / 255
+        """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size], normalised. Images from
+        files differ in H and W, so they come as crops [b, m, 3, size, size], made by crop()."""
+        if images.ndim == 4:
+            x = images.repeat(self.views, 1, 1, 1) / 255  # view 0 of all images comes first
+            x = resized_crop(x, random_boxes(x, self.crop_scale), self.size)
         else:
-            x = images.repeat(self.views, 1, 1, 1) / 255
-            x = resized_crop(x, draw_boxes(x, self.crop_scale), self.size)
-        return self.photometric(x).unflatten(0, (self.views, -1))
+            x = images.transpose(0, 1).flatten(0, 1) / 255
+        x = torch.where(self.chance(x, [self.flip_p]), x.flip(3), x)
+        return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
 
-    def crop(self, picture):
-        """uint8 [3, H, W] -> uint8 [m, 3, size, size]."""
-        crop = v2.RandomResizedCrop(self.size, sorted(self.crop_scale))
-        return torch.stack([crop(picture) for _ in range(self.views)])
+    def crop(self, image):
+        """One image uint8 [3, H, W] -> crops uint8 [m, 3, size, size]."""
+        crop = v2.RandomResizedCrop(self.size, self.crop_scale)
+        return torch.stack([crop(image) for _ in range(self.views)])
+
+    def uniform(self, x, low, high):
+        """A random number for each crop of x, [m * b, 1, 1, 1]."""
+        return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
+
+    def chance(self, x, p):
+        """True or false for each crop of x, [m * b, 1, 1, 1]: true with p[k % len(p)] in view k."""
+        p = torch.tensor([p[k % len(p)] for k in range(self.views)])
+        p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
+        return self.uniform(x, 0, 1) < p.to(x.device, non_blocking=True)
 
     def photometric(self, x):
-        """Turn crops [m * b, 3, size, size] in 0..1 into normalised views. View 0's come first."""
-        def uniform(low, high):
-            return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
-
-        def chance(*p):  # view k uses p[k % len(p)]
-            by_crop = torch.tensor(p)[torch.arange(len(x)) * self.views // len(x) % len(p)]
-            return uniform(0, 1) < by_crop.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
-
-        x = torch.where(chance(self.flip_p), x.flip(3), x)
-        jittered = chance(self.jitter_p)
+        """Change the colours of crops x [m * b, 3, size, size] in 0..1, view 0's first."""
+        jittered = self.chance(x, [self.jitter_p])
         adjust = brightness, contrast, saturation, hue
         for j in torch.randperm(4).tolist():  # one order for all crops
-            x = adjust[j](x, uniform(-self.jitter[j], self.jitter[j]).where(jittered, 0))
-        x = torch.where(chance(self.gray_p), v2.functional.rgb_to_grayscale(x), x)
-        sigma = uniform(0.1, 2.0).where(chance(*self.blur_p), 0)
-        x = gaussian_blur(x, sigma, self.size // 20 * 2 + 1)  # about a tenth of the side
-        return normalize(torch.where(chance(*self.solarize_p) & (x >= 0.5), 1 - x, x))
+            change = self.uniform(x, -self.jitter[j], self.jitter[j])
+            x = adjust[j](x, torch.where(jittered, change, 0))
+        x = torch.where(self.chance(x, [self.gray_p]), v2.functional.rgb_to_grayscale(x), x)
+        sigma = torch.where(self.chance(x, self.blur_p), self.uniform(x, 0.1, 2.0), 0)
+        x = gaussian_blur(x, sigma, 2 * (self.size // 20) + 1)  # odd, about a tenth of the side
+        return torch.where(self.chance(x, self.solarize_p) & (x >= 0.5), 1 - x, x)
 
 
 # -------- network and optimiser
 
-class ResNetConv(nn.Conv2d):
-    """nn.Conv2d; on a CPU and tiny maps, a matrix product that skips the padding. A map is tiny if
-    the kernel always covers pixel (0, 0): 2 x 2 for 3x3. A step at 32 px is 1.4 times as fast."""
-
-    def forward(self, x):
-        (h, w), k, p = x.shape[2:], self.kernel_size[0], self.padding[0]
-        tops, lefts = (range(0, side + 2 * p - k + 1, self.stride[0]) for side in (h, w))
-        if x.is_cuda or max(tops[-1], lefts[-1]) > p:  # a place misses pixel (0, 0)
-            return super().forward(x)
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # channels last
-        taps = [weight[:, p - i:p - i + h, p - j:p - j + w] for i in tops for j in lefts]
-        y = F.linear(x[:, :k - p, :k - p].flatten(1), torch.cat(taps).flatten(1))  # pixels in use
-        return y.view(len(x), len(tops), len(lefts), -1).permute(0, 3, 1, 2)
-
-
 def build_backbone(arch, stem="imagenet", zero_init=False):
-    """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f]. stem:
-    "imagenet", or "cifar", the authors' for 32 px. zero_init: residual branches start from zero."""
+    """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f].
+    stem: "imagenet", or "cifar", which keeps small images large.
+    zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
-    if stem == "cifar":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)  # 32 -> 34 px
+    if stem == "cifar":  # the authors' padding makes 34 pixels of 32
+        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
         backbone.maxpool = nn.Identity()
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = ResNetConv  # the weights and their names stay
     return backbone
 
 
 def build_network(args):
-    """The backbone, and the projector (Linear-ReLU-...-Linear), which only training uses."""
-    network = nn.Sequential()  # runs its attributes in this order
-    network.backbone = build_backbone(args.arch, args.stem, args.zero_init)
-    network.projector = torchvision.ops.MLP(network.backbone.num_features, args.projector)
-    return network
+    """Backbone and projector (Linear-ReLU-...-Linear): images [n, 3, h, w] -> embeddings [n, d].
+    Only training uses the projector."""
+    backbone = build_backbone(args.arch, args.stem, args.zero_init)
+    projector = torchvision.ops.MLP(backbone.num_features, args.projector)
+    return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+
+
+def place(network, device):
+    """Move a network to the device. On several GPUs, batch norm is synchronised."""
+    if device.type == "cuda" and dist.is_initialized():  # CPUs have no SyncBatchNorm
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def embed(network, x, dtype):
-    """network's float32 output [..., d] for pictures x [..., 3, h, w], under autocast to dtype."""
-    pictures = x.reshape(-1, *x.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    """The network's output, float32 [n, d], for images x [n, 3, h, w], under autocast to dtype."""
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        return network(pictures).float().view(*x.shape[:-3], -1)
+        return network(x.contiguous(memory_format=torch.channels_last)).float()
 
 
-@torch.no_grad()
-def lars(optimizer, eta, weight_decay):
-    """Before optimizer.step(), replace the gradient g of each weight tensor w by
-    eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w)  (arXiv 1708.03888). The fraction is 1
-    if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
-    weights = [p for p in optimizer.param_groups[0]["params"] if p.ndim > 1 and p.grad is not None]
-    grads = [p.grad for p in weights]
-    if eta:
-        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
-        ratio = eta * w_norm / (g_norm + weight_decay * w_norm + 1e-8)
-    torch._foreach_add_(grads, weights, alpha=weight_decay)
-    if eta:
-        torch._foreach_mul_(grads, ratio.where((w_norm > 0) & (g_norm > 0), 1).unbind())
+class LARS(torch.optim.SGD):
+    """SGD with weight decay and layer-wise rates (arXiv 1708.03888). For each weight tensor w, the
+    gradient g becomes
+        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w),
+    without the fraction if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
+
+    def __init__(self, parameters, lr, momentum, weight_decay, eta):
+        super().__init__(parameters, lr, momentum)
+        self.weight_decay, self.eta = weight_decay, eta
+
+    @torch.no_grad()
+    def step(self):
+        weights = [p for group in self.param_groups for p in group["params"]
+                   if p.ndim > 1 and p.grad is not None]
+        grads = [p.grad for p in weights]  # torch._foreach_* takes all tensors of a list at once
+        w, g = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
+        torch._foreach_add_(grads, weights, alpha=self.weight_decay)
+        if self.eta:
+            ratio = self.eta * w / (g + self.weight_decay * w + 1e-8)
+            torch._foreach_mul_(grads, torch.where((w > 0) & (g > 0), ratio, 1).unbind())
+        super().step()
 
 
 def lr_scale(step, warmup, total):
-    """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0."""
+    """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # a fractional warmup would pass 1
+        return min(1, (step + 1) / warmup)  # warmup may be a fraction
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+# -------- training
+
+def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=None):
+    """Train with the settings args, as parse_args returns them. Parts of your own replace what
+    args describe:
+
+    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. It has no
+        parameters: what is to be trained belongs into the network.
+    network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
+    augment: a subclass of MultiViewAugment
+    data: images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
+    optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
+
+    Raises UserError if the settings do not fit the data, the machine or the run folder."""
+    device, dtype = start_processes(args)
+    rank, world = rank_and_world()
+    own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
+    settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
+    settings = json.loads(json.dumps(settings, default=str))  # no Path or numpy type, to be saved
+    out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
+    start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
+    if data and args.recipe == "patterns":
+        raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
+    data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
+    n = len(data.labels)
+    steps = n // args.batch_size  # of an epoch
+    if args.batch_size % world or not steps:
+        raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
+                        f"images, and divisible by {world}, the number of processes")
+    agree(settings | {"number of images": n, "first epoch": start})
+
+    torch.manual_seed(args.seed)  # for the weights
+    loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
+    augment = (augment or MultiViewAugment)(**{  # its fields are named as the settings
+        f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
+    network = place(network or build_network(args), device)
+    optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
+                                     weight_decay=args.weight_decay, eta=args.eta)
+    optimizer = optimizer(network.parameters())
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = dict(network=network, optimizer=optimizer, scaler=scaler)
+    for name, part in parts.items():
+        if checkpoint and checkpoint[name]:  # without fp16, the scaler's is empty
+            part.load_state_dict(checkpoint[name])
+    if args.compile:
+        network.compile(mode=args.compile)
+    model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
+
+    if rank == 0:
+        readout = pick_readout(data, args)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print(f"{args.data}: {n} images of {len(readout.labels.unique())} known classes, {steps} "
+              f"steps an epoch; torch {torch.__version__}, {world} x {name}, {dtype}; "
+              f"{'continuing' if checkpoint else 'writing'} {out}/")
+        if not checkpoint:
+            claim(out)
+            save(out, log, settings, 0, parts)
+    batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
+    shares = (rows.chunk(world)[rank] for rows in batches)
+    stream = image_batches(data, shares, augment.crop, device, args.workers, args.seed,
+                           first_step=start * steps)
+    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    bar = progress(total=total, initial=start * steps, unit="step")
+    for epoch in range(start, args.epochs):
+        began, readings = time.time(), []
+        model.train()
+        for step, images in enumerate(islice(stream, steps), epoch * steps):
+            torch.manual_seed(hash((args.seed, step, rank)))  # a continued run draws the same
+            views = augment(images)  # [m, b / world, 3, size, size]
+            z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
+            z = gather(z)  # [m, b, d]
+            loss = loss_fn(z)
+            optimizer.zero_grad()
+            scaler.scale(world * loss).backward()  # world times, because DDP divides by it
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * lr_scale(step, warmup, total)
+            scaler.step(optimizer)
+            scaler.update()
+
+            bar.update()
+            if step == 0 and rank == 0:
+                grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
+                save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
+            if (step + 1) % steps % math.ceil(steps / 20) == 0:  # rarely, because a GPU has to wait
+                readings.append(read_numbers(loss, z, network, args, epoch))
+                bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
+
+        seconds = time.time() - began
+        data.unreadable.update(*from_all(data.unreadable))
+        if rank == 0:
+            record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+                      "views_per_second": steps * args.batch_size * args.views / seconds}
+            record |= {x: sum(r[x] for r in readings) / len(readings) for x in readings[0]}
+            if len(readout.labels) > 1:
+                record["knn"] = knn_readout(network, readout, args.size, device, dtype)
+            if data.unreadable:
+                record["unreadable"] = len(data.unreadable)
+            if device.type == "cuda":
+                record["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            bar.write(", ".join(f"{x} {number:.4g}" for x, number in record.items()))
+            log.append(record)
+            save(out, log, settings, epoch + 1, parts)
+    bar.close()
+    if rank == 0 and not {"network", "data"} & set(settings["own"]):
+        print(f"finished; next: python eval_linear.py {out}")
+
+
+# -------- log and run folder
+
+def progress(*args, **options):
+    """A tqdm bar, in the first process and on a terminal only."""
+    return tqdm(*args, disable=None if rank_and_world()[0] == 0 else True, **options)
+
+
+def read_numbers(loss, z, network, args, epoch):
+    """Numbers for the log. Those of the packing show a collapse of other losses, too. Raises
+    UserError if the loss or a weight is not finite."""
+    numbers = {"loss": loss} | packing_numbers(z, args.radius_scale, args.max_reach)
+    numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
+    numbers = {name: number.item() for name, number in numbers.items()}
+    if not math.isfinite(numbers["loss"] + numbers["weight_norm"]):
+        raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give a lower --lr "
+                        "and another --out")
+    return numbers
+
+
+def differences(settings, others):
+    """The names of settings that differ, without those that do not change the result."""
+    names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
+    return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
+
+
+def load_checkpoint(out, settings):
+    """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
+    continued with these settings."""
+    if not list(Path(out).glob("*.pt")):  # a backbone.pt alone is not overwritten
+        return None
+    try:
+        checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
+        changed = differences(settings, checkpoint["settings"])
+    except Exception:  # torch.load raises many types
+        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out")
+    if changed:
+        raise UserError(f"{out}/ holds a run with another {changed}; give another --out")
+    return checkpoint
+
+
+def claim(out):
+    """Begin a run in a folder. If several commands do so at once, all but one raise UserError."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        open(out / "log.jsonl", "x").close()  # fails if it exists
+    except FileExistsError:
+        raise UserError(f"{out}/log.jsonl exists; another run has begun here; give another --out")
+
+
+def save(out, log, settings, epoch, parts):
+    """Write log.jsonl, backbone.pt and checkpoint.pt. A process that is killed meanwhile leaves
+    the old or the new file. parts: network, optimizer and scaler."""
+    state = {"epoch": epoch, "settings": settings}
+    files = {
+        "backbone": state | {"backbone": parts["network"].backbone.state_dict()},
+        "checkpoint": state | {"log": log} | {k: part.state_dict() for k, part in parts.items()}}
+    try:
+        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+        for name, content in files.items():
+            torch.save(content, out / f"{name}.part")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out}/: cannot be written ({error}); is the disk full?")
+    for name in files:
+        os.replace(out / f"{name}.part", out / f"{name}.pt")
+
+
+# -------- read-out
+
+def center_crop(images, size):
+    """Cut the centre out of images uint8 [..., 3, H, W], 7/8 of the shorter side, and resize it to
+    [..., 3, size, size]. Images of that size stay as they are."""
+    if images.shape[-2:] == (size, size):
+        return images
+    side = max(1, round(min(images.shape[-2:]) * 7 / 8))
+    return v2.functional.resize(v2.functional.center_crop(images, side), [size, size])
+
+
+@torch.no_grad()
+def extract_features(backbone, data, rows, size, device, dtype, workers=0):
+    """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
+    crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
+    batches = image_batches(data, rows.split(256), crop, device, workers)
+    bar = progress(batches, "features", total, leave=False)
+    return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=20):
+    """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
+    weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
+    bank, correct = F.normalize(bank), 0
+    for q, y in zip(queries.split(1024), labels.split(1024)):
+        cosine, nearest = (F.normalize(q) @ bank.T).topk(min(k, len(bank)))
+        votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
+        correct += (votes.sum(1).argmax(1) == y).sum().item()
+    return 100 * correct / len(queries)
+
+
+def pick_readout(data, args):
+    """Up to 5,000 labelled images, cropped and in memory, for a look after each epoch."""
+    rows = (data.labels >= 0).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows))[:5000]]
+    crop = partial(center_crop, size=args.size)
+    batches = image_batches(data, rows.split(256), crop, torch.device("cpu"), args.workers)
+    images = [crop(x) for x in progress(batches, "read-out", leave=False)]
+    return Data(torch.cat(images) if images else None, data.labels[rows])
+
+
+def knn_readout(network, readout, size, device, dtype):
+    """20-NN accuracy in %: half of the images are queries, the other half the bank."""
+    n, y = len(readout.labels), readout.labels.to(device)
+    x = extract_features(network.eval().backbone, readout, torch.arange(n), size, device, dtype)
+    return knn_accuracy(x[n // 2:], y[n // 2:], x[:n // 2], y[:n // 2])
+
+
 # -------- data
-# Images are a uint8 tensor [n, 3, H, W], or a numpy array of n file names if keep_in_memory() does
-# not load them. Labels are int64 [n], -1 if unknown. Training uses them for its k-NN read-out only.
 DATASETS = "patterns", "cifar10", "cifar100"
+EXTENSIONS = *IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic"
 
 
 class UserError(Exception):
     """An error that the user can put right; it says how."""
+
+
+@dataclass
+class Data:
+    """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
+    images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
+    labels: torch.Tensor  # int64 [n], -1 if unknown
+    files: np.ndarray = None  # n names; loader workers would copy a list
+    unreadable: set = field(default_factory=set)  # what was said of files that are left out
+
+    def to(self, device):
+        if self.images is not None:
+            self.images = self.images.to(device)
+        return self
+
+    def leave_out(self, problem):
+        """Say once that a file cannot be read."""
+        if problem not in self.unreadable:
+            tqdm.write(f"unreadable: {problem}")
+        self.unreadable.add(problem)
 
 
 def draw_patterns(n, seed):
@@ -321,24 +583,28 @@ def draw_patterns(n, seed):
     return (images.clamp(0, 1) * 255).byte()[:, None].repeat(1, 3, 1, 1), labels
 
 
-def load_data(name, split, limit=None, seed=0):
-    """Images and labels of the "train" or "test" split of one of DATASETS or of a folder, which has
-    train/<class>/ and test/<class>/ (or val/<class>/), or only pictures without labels. limit: keep
-    this many images, chosen at random. Raises UserError if there is nothing to read."""
-    if name == "patterns":
-        images, labels = draw_patterns(5000, 0) if split == "train" else draw_patterns(2000, 1)
-    elif name in DATASETS:
-        images, labels = download(name, split)
+def load_data(name, split, limit=None, seed=0, own=None):
+    """The "train" or "test" split of one of DATASETS, or of a folder, or own images and labels, as
+    Data. A folder without test images has n = 0. limit: keep this many images, chosen at random."""
+    if own:
+        data = Data(*own)
+        if data.images.dtype != torch.uint8:
+            raise UserError(f"data: the images are {data.images.dtype}; give uint8 from 0 to 255")
+    elif name == "patterns":
+        data = Data(*draw_patterns(5000, 0) if split == "train" else draw_patterns(2000, 1))
     else:
-        images, labels = list_pictures(Path(name), split)
+        data = download(name, split) if name in DATASETS else list_images(Path(name), split)
     if limit:
-        kept = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
-        images, labels = images[kept.numpy()], labels[kept]  # files are a numpy array
-    return images if torch.is_tensor(images) else keep_in_memory(images), labels
+        kept = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
+        data = Data(*(x if x is None else x[kept[:limit]]
+                      for x in (data.images, data.labels, data.files)))
+    if data.images is None and len(data.files):
+        keep_in_memory(data)
+    return data
 
 
 def download(name, split):
-    """Images and labels of a torchvision data set, downloaded to data/."""
+    """A torchvision data set, downloaded to data/."""
     source = getattr(torchvision.datasets, name.upper())
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the first process of each node
         try:
@@ -348,109 +614,150 @@ def download(name, split):
     if dist.is_initialized():
         dist.barrier()
     data = source("data", train=split == "train")
-    return torch.tensor(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    images = torch.tensor(data.data).permute(0, 3, 1, 2).contiguous()
+    return Data(images, torch.tensor(data.targets))
 
 
-def list_pictures(path, split):
-    """The files and labels of a folder."""
-    labelled = (path / "train").is_dir()
-    root = path / split if labelled else path
-    if split == "test" and not root.is_dir():
-        root = path / "val"
-    if not root.is_dir():
-        raise UserError(f"--data {path}: no folder {root}; give one, or {', '.join(DATASETS)}")
-    classes = folder.find_classes(path / "train")[1] if labelled else {".": -1}  # unlabelled
-    samples = folder.make_dataset(root, classes, folder.IMG_EXTENSIONS, allow_empty=True)
-    if not samples:
-        raise UserError(f"--data {path}: no pictures in {root}")
-    files, labels = zip(*samples)
-    return np.array(files), torch.tensor(labels)
+def find_images(root):
+    """(file, class) of the images below a folder. The class is the first folder on the way to the
+    file, or None. Hidden names, __MACOSX and run folders are left out."""
+    def fail(error):  # a folder that may not be read
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found, seen = [], set()
+    for at, folders, names in os.walk(root, followlinks=True, onerror=fail):
+        if os.path.realpath(at) in seen:  # by a link, which may lead round in circles
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders[:] = sorted(x for x in folders if x[0] != "." and x != "__MACOSX"
+                            and not Path(at, x, "checkpoint.pt").exists())
+        way = Path(at).relative_to(root).parts
+        found += [(os.path.join(at, x), way[0] if way else None) for x in sorted(names)
+                  if x[0] != "." and x.lower().endswith(EXTENSIONS)]
+    return found
 
 
-def read_picture(file):
-    """The picture in a file, uint8 [3, H, W]."""
+def list_images(path, split):
+    """Data of a folder whose files have not been read. Test images are in test/ or val/, whichever
+    has classes, and training images in train/, or in the rest of the folder."""
+    parts = {name: find_images(path / name) for name in ("test", "val")}
+    tests = [name for name in parts if any(c for _, c in parts[name])]
+    train = find_images(path / "train") or [x for x in find_images(path) if x[1] not in tests]
+    if not train:
+        raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
+                        "of images, of <class>/, or of train/<class>/ and test/<class>/")
+    classes = sorted({c for _, c in train if c})
+    numbers = {c: k for k, c in enumerate(classes)} if len(classes) > 1 else {}
+    test = parts[tests[0]] if tests and numbers else []
+    unknown = {c for _, c in test if c} - numbers.keys()
+    if unknown:
+        raise UserError(f"--data {path}: no training images of {', '.join(sorted(unknown))}")
+    files = train if split == "train" else test
+    return Data(None, torch.tensor([numbers.get(c, -1) for _, c in files]).long(),
+                np.array([file for file, _ in files]))
+
+
+def read_image(file, size=None):
+    """The image in a file, uint8 [3, H, W]: upright, and transparent parts on mid-grey (128).
+    size: (width, height) to which an image of another size is cropped and resized.
+    Raises UserError if it cannot be read."""
     try:
-        return v2.functional.pil_to_tensor(folder.default_loader(file))
+        with Image.open(str(file)) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel; convert it to 8 bits")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "#808080"), image)
+            image = image.convert("RGB")
+        return v2.functional.pil_to_tensor(ImageOps.fit(image, size) if size else image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many types
-        raise UserError(f"{file}: cannot be decoded ({error}); remove it") from None
+        raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}")
 
 
-def keep_in_memory(files):
-    """One tensor, if all have one size up to 256 px and fit into 4 GB, or else the files."""
-    images = []
-    for file in tqdm(files, "decoding", leave=False, disable=rank_and_world()[0] > 0):
-        images.append(read_picture(file))
-        shape, first = images[-1].shape, images[0].shape
-        if shape != first or max(shape) > 256 or first.numel() * len(files) > 2**32:
-            return files
-    return torch.stack(images)
+def keep_in_memory(data):
+    """Read all files now, if most of a sample have one size of at most 256 px and all fit into
+    4 GB. Images of another size are fitted to it."""
+    def read(file, size=None):
+        try:
+            return read_image(file, size)
+        except UserError as error:
+            if rank_and_world()[0] == 0:
+                data.leave_out(str(error))
+
+    n = len(data.files)
+    sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
+    sizes = Counter(x.shape[1:] for x in sample if x is not None)
+    if not sizes:
+        raise UserError(f"{data.files[0]} and other images cannot be read")
+    (height, width), count = sizes.most_common(1)[0]
+    if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
+        return
+    images = [read(file, (width, height)) for file in progress(data.files, "reading", leave=False)]
+    readable = [k for k in range(n) if images[k] is not None]
+    data.images = torch.stack([images[k] for k in readable])
+    data.labels, data.files = data.labels[readable], data.files[readable]
 
 
-def load_batch(files, transform):
-    """Runs in a loader worker, where default_collate stacks the pictures in shared memory."""
-    return torch.utils.data.default_collate([transform(read_picture(file)) for file in files])
+class ImageFiles(torch.utils.data.Dataset):
+    """Item (row, seed) is the image in files[row], transformed, and "". If it cannot be read, the
+    next one takes its place, and the text says why."""
+
+    def __init__(self, files, transform):
+        self.files, self.transform = files, transform
+
+    def __getitem__(self, item):
+        (row, seed), problem = item, ""
+        torch.manual_seed(seed)  # so that it does not matter which worker is at work
+        for k in range(len(self.files)):
+            try:
+                image = read_image(self.files[(row + k) % len(self.files)])
+                return self.transform(image), problem
+            except UserError as error:
+                problem = problem or str(error)
+        raise UserError(problem)
 
 
-def image_batches(images, batches, transform, device, workers=0):
-    """Iterate over the images of each row of indices in `batches`. `workers` processes decode and
-    transform files. The images of a tensor are not transformed."""
-    if torch.is_tensor(images):
-        return (images[rows.to(images.device, non_blocking=True)] for rows in batches)
+def draw_batches(n, batch_size, epochs, seed):
+    """The batch of each step of these epochs, as rows [batch_size] of n images, the same in all
+    processes. An incomplete last batch is left out."""
+    for epoch in epochs:
+        generator = torch.Generator().manual_seed(hash((seed, epoch)))
+        yield from torch.randperm(n, generator=generator).split(batch_size)[:n // batch_size]
+
+
+def image_batches(data, batches, transform, device, workers=0, seed=0, first_step=0):
+    """For each tensor of rows in `batches`, these images on `device`. Images in memory come as they
+    are. Files are read and transformed by `workers` processes."""
+    if data.images is not None:
+        for rows in batches:
+            images = data.images[rows.to(data.images.device, non_blocking=True)]
+            yield images.to(device, non_blocking=True)
+        return
+    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
+             for step, rows in enumerate(batches, first_step))
     loader = torch.utils.data.DataLoader(
-        images, batch_sampler=[rows.tolist() for rows in batches], num_workers=workers,
-        collate_fn=partial(load_batch, transform=transform), pin_memory=device.type == "cuda")
-    return (pictures.to(device, non_blocking=True) for pictures in loader)
+        ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
+        pin_memory=device.type == "cuda")
+    for images, problems in loader:
+        for problem in filter(None, problems):
+            data.leave_out(problem)
+        yield images.to(device, non_blocking=True)
 
 
-# -------- read-out and processes
-
-def center_crop(images, size):
-    """Resize and crop uint8 [..., 3, H, W] to [..., 3, size, size], unless that is their size."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return v2.functional.center_crop(v2.functional.resize(images, round(size * 8 / 7)), size)
-
-
-@torch.no_grad()
-def extract_features(backbone, images, rows, size, device, dtype, workers=0):
-    """Features float32 [n, f] of the images `rows` [n] by a backbone in eval mode."""
-    crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
-    batches = image_batches(images, rows.split(256), crop, device, workers)
-    bar = tqdm(batches, "features", total, leave=False, disable=rank_and_world()[0] > 0)
-    parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # torch.cat on a GPU takes twice the memory
-
-
-def knn_accuracy(bank, bank_labels, queries, labels, k=20):
-    """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
-    weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
-    norms, correct = bank.norm(dim=1).clamp(min=1e-12), 0  # F.normalize(bank) takes more memory
-    for q, y in zip(queries.split(1024), labels.split(1024)):
-        cosine, nearest = (F.normalize(q) @ bank.T).div_(norms).topk(min(k, len(bank)))
-        votes = F.one_hot(bank_labels[nearest]) * (cosine / 0.07).exp()[:, :, None]
-        correct += (votes.sum(1).argmax(1) == y).sum().item()
-    return 100 * correct / len(queries)
-
+# -------- processes
 
 def rank_and_world():
     """The number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
-    DDP averages the gradients instead of adding them, so backpropagate `world` times the loss."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[rank] = z
-    return torch.cat(parts, 1)
-
-
 def start_processes(args):
-    """Join torchrun's processes. Returns this one's device and autocast dtype."""
+    """Join torchrun's processes. Returns this one's device and the dtype of autocast."""
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
@@ -460,170 +767,82 @@ def start_processes(args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda
-            else torch.cpu._is_avx512_bf16_supported())
-    amp = ("bf16" if bf16 else "fp16" if cuda else "off") if args.amp == "auto" else args.amp
-    return device, dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[amp]
+    if args.amp == "auto":
+        return device, torch.bfloat16 if bf16 else torch.float16 if cuda else torch.float32
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
 
 
-# -------- training
-
-def save(out, **contents):
-    """Write files NAME.pt whole or not at all, even if the process is killed meanwhile."""
-    for name, content in contents.items():
-        torch.save(content, out / f"{name}.part")
-    for name in contents:  # after all have been written
-        os.replace(out / f"{name}.part", out / f"{name}.pt")
+def from_all(value):
+    """The values that the processes have, as a list."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def load_checkpoint(out, settings):
-    """The checkpoint in `out`, whose settings must be these, or an empty one for a new run."""
-    if not list(out.glob("*.pt")):  # a lone backbone.pt is refused below
-        return {"epoch": 0, "log": []}
-    try:
-        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        saved = checkpoint["settings"]
-    except Exception:  # torch.load raises many types
-        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out")
-    names = (settings.keys() | saved.keys()) - {"out", "recipe", "device", "workers"}
-    changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
-    if changed:
-        raise UserError(f"{out}/ holds a run with another {changed}; give another --out")
-    return checkpoint
+def agree(facts):
+    """Raise UserError unless all processes have the same facts, a dict."""
+    for other in from_all(facts):
+        if differences(facts, other):
+            raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
+                            "them the same flags, images and run folder")
 
 
-def train(args, loss_fn=None, network=None, augment=None, data=None):
-    """Train with args, as parse_args returns them. Other arguments replace what args describe:
-
-    loss_fn: z [m, b, d], embeddings of the images of all processes -> loss, dict of numbers to log
-    network: a module, pictures [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: a subclass of MultiViewAugment
-    data: images and labels, as load_data returns them"""
-    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))  # no Path, numpy
-    device, dtype = start_processes(args)
+def gather(z):
+    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part."""
     rank, world = rank_and_world()
-    out, own = Path(args.out), dict(loss_fn=loss_fn, network=network, augment=augment, data=data)
-    settings = vars(args) | {k: f"own {getattr(v, '__name__', type(v).__name__)}"
-                             for k, v in own.items() if v is not None}
-    checkpoint = load_checkpoint(out, settings)
-    start, log = checkpoint["epoch"], checkpoint["log"]
-    images, labels = data or load_data(args.data, "train", args.limit, args.seed)
-    n, steps = len(labels), len(labels) // args.batch_size
-    if args.batch_size % world or not steps:
-        raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
-                        f"images, and divisible by {world}, the number of processes")
-    if torch.is_tensor(images) and images.dtype != torch.uint8:
-        raise UserError(f"data: the images are {images.dtype}; give uint8 from 0 to 255")
-    images = images.to(device) if torch.is_tensor(images) else images
-    torch.manual_seed(args.seed)  # for knn_rows and the weights
-    knn_rows = (labels >= 0).nonzero()[:, 0]
-    knn_rows = knn_rows[torch.randperm(len(knn_rows))[:5000]]
-
-    loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
-    augment = (augment or MultiViewAugment)(**{  # its fields are named as the flags
-        f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
-    network = network or build_network(args)
-    if device.type == "cuda" and world > 1:  # CPUs have no SyncBatchNorm
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        network.compile(mode=args.compile)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if start:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty if not fp16
-    model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{settings['data']}: {n} images, {steps} steps an epoch; {world} x {device.type}, "
-              f"{dtype}; {'continuing' if start else 'writing'} {out}/")
-    bar = tqdm(total=args.epochs * steps, initial=start * steps, unit="step", disable=rank > 0)
-    for epoch in range(start, args.epochs):
-        began, readings = time.time(), []
-        seed = 10_000 * args.seed + epoch  # so that a continued run draws the same
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        batches = order[:steps * args.batch_size].view(steps, world, -1)[:, rank]
-        torch.manual_seed(world * seed + rank)  # each process draws its own views
-        model.train()
-        stream = image_batches(images, batches, augment.crop, device, args.workers)
-        for step, pictures in enumerate(stream):
-            views = augment(pictures)
-            lr = args.lr * args.batch_size / 256 * lr_scale(
-                epoch * steps + step, args.warmup_epochs * steps, args.epochs * steps)
-            optimizer.param_groups[0]["lr"] = lr
-            loss, numbers = loss_fn(gather(embed(model, views, dtype)))
-            optimizer.zero_grad()
-            scaler.scale(world * loss).backward()  # see gather()
-            scaler.unscale_(optimizer)
-            lars(optimizer, args.eta, args.weight_decay)
-            scaler.step(optimizer)
-            scaler.update()
-            bar.update()
-
-            if (rank, epoch, step) == (0, 0, 0):
-                grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
-                save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if step % math.ceil(steps / 20) == 0 or step + 1 == steps:  # item() waits for a GPU
-                readings.append({"loss": loss.item()} | {k: float(numbers[k]) for k in numbers})
-                bar.set_postfix({k: f"{v:.3g}" for k, v in list(readings[-1].items())[:3]})
-                weight_norm = nn.utils.get_total_norm(network.parameters())  # loss may hide NaNs
-                if not math.isfinite(readings[-1]["loss"]) or not weight_norm.isfinite():
-                    raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give "
-                                    "another --out and a lower --lr")
-        if rank > 0:
-            continue
-        log.append({"epoch": epoch + 1, "lr": lr, "seconds": round(time.time() - began, 1)})
-        log[-1] |= {k: sum(r[k] for r in readings) / len(readings) for k in readings[0]}
-        if len(knn_rows) > 1:
-            network.eval()
-            features = extract_features(network.backbone, images, knn_rows, args.size, device,
-                                        dtype, args.workers)
-            half, y = len(knn_rows) // 2, labels[knn_rows].to(device)
-            log[-1]["knn"] = knn_accuracy(features[half:], y[half:], features[:half], y[:half])
-        bar.write(", ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
-        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-        state = {"epoch": epoch + 1, "settings": settings}
-        save(out, backbone=dict(state, backbone=network.backbone.state_dict()),
-             checkpoint=dict(state, log=log, network=network.state_dict(),
-                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
-    bar.close()
-    if rank == 0 and len(knn_rows) and not data:
-        print(f"finished; next: python eval_linear.py {out}")
+    if world == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[rank] = z
+    return torch.cat(parts, 1)
 
 
 # -------- settings
-# The flags' defaults are the published settings for CIFAR-10. A recipe lists what it changes.
-
-IMAGENET = dict(  # published
-    arch="resnet50", stem="imagenet", projector=[8192, 8192, 512], size=224, radius_scale=8.5,
-    views=4, batch_size=512, jitter=[0.4, 0.4, 0.2, 0.1], blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2])
-SMALL = dict(  # ours: an hour or two on two CPU cores
-    data="cifar10", stem="imagenet", zero_init=True, max_reach=1.2, views=2, epochs=30,
-    warmup_epochs=1, lr=0.4, eta=0.0, crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.2, 0.1])
-RECIPES = {
-    "patterns": SMALL | dict(  # ours: minutes
-        data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=3, lr=1.6),
+# A recipe is a list of flags. If a flag comes twice, the last one counts.
+SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
+    --warmup-epochs 1 --lr .4 --eta 0 --arch resnet18 --stem imagenet --zero-init
+    --projector 2048 256 --size 32 --crop-scale .2 1 --jitter .4 .4 .2 .1 --blur-p .5
+    --solarize-p 0"""
+IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
+    --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
+    --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
+RECIPES = {  # the first three are ours, the others published
+    "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
+                " --lr 1.6",
     "small": SMALL,
-    "cifar10-published": dict(data="cifar10"),
-    "imagenet100": IMAGENET | dict(data="imagenet100", epochs=200, lr=2.0),
-    "imagenet1k": IMAGENET | dict(data="imagenet", epochs=100, lr=1.1),
+    "photos": f"{SMALL} --data photos --size 64 --batch-size 64 --epochs 60 --lr .8",
+    "cifar10-published": """--data cifar10 --radius-scale 7 --max-reach 1.5 --views 16
+        --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr .1 --eta 1e-3 --arch resnet18
+        --stem cifar --projector 2048 256 --size 32 --crop-scale .08 1 --jitter .8 .8 .8 .2
+        --blur-p .5 --solarize-p 0""",
+    "imagenet100": f"{IMAGENET} --data imagenet100 --epochs 200 --lr 2",
+    "imagenet1k": f"{IMAGENET} --data imagenet --epochs 100 --lr 1.1",
 }
 
 
-def within(low, high=math.inf):
-    """A flag's type: a finite number from low to high, and an int if low is one."""
-    def number(text):
-        value = type(low)(text)
+def number(kind, low, high=math.inf):
+    """A flag's type: a finite int or float from low to high."""
+    def parse(text):
+        value = kind(text)
         if not low <= value <= high or value == math.inf:
             limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: give {limits}")
         return value
-    return number
+    return parse
+
+
+def data_name(text):
+    """A flag's type: one of DATASETS, or a folder, as a whole path."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"give a folder, or {', '.join(DATASETS)}")
+    return text if text in DATASETS else str(Path(text).resolve())
 
 
 def parse_args(argv=None):
@@ -632,44 +851,45 @@ def parse_args(argv=None):
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
         description="Train CLAMP. Help of a recipe: --recipe NAME --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, share = parser.add_argument, within(0.0, 1.0)
-    add("--recipe", choices=RECIPES, help="patterns without --data, small with it")
-    add("--data", type=os.path.normpath, help=f"{', '.join(DATASETS)}, or a folder of pictures")
-    add("--limit", type=within(1), help="train on this many images, chosen at random")
+    add, share = parser.add_argument, number(float, 0, 1)
+    add("--recipe", choices=RECIPES, help="the flags' defaults; if None, the one for the data")
+    add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
+    add("--limit", type=number(int, 1), help="train on this many images, chosen at random")
     add("--out", help="run folder; if None, runs/<data>")
-    add("--radius-scale", type=within(1e-3), default=7.0, help="r_s, factor on the radii")
-    add("--max-reach", type=within(1e-3), default=1.5, help="cap on the sum of two radii")
-    add("--views", type=within(2), default=16, help="m, views of an image")
-    add("--batch-size", type=within(2), default=128, help="b, images a step over all processes")
-    add("--epochs", type=within(1), default=1000, help="passes over the images")
-    add("--warmup-epochs", type=within(0.0), default=10, help="at most a third of the epochs")
-    add("--lr", type=within(0.0), default=0.1, help="peak learning rate at batch size 256")
-    add("--eta", type=within(0.0), default=1e-3, help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=within(0.0), default=1e-6, help="except on biases and norms")
-    add("--arch", choices=("resnet18", "resnet34", "resnet50"), default="resnet18", help="backbone")
-    add("--stem", choices=("imagenet", "cifar"), default="cifar", help="cifar: 3x3, no max-pool")
+    add("--radius-scale", type=number(float, 1e-3), help="r_s, factor on the radii")
+    add("--max-reach", type=number(float, 1e-3), help="largest sum of two radii")
+    add("--views", type=number(int, 2), help="m, views of an image")
+    add("--batch-size", type=number(int, 2), help="b, images a step, over all processes")
+    add("--epochs", type=number(int, 1), help="passes over the images")
+    add("--warmup-epochs", type=number(float, 0), help="at most a third of the epochs")
+    add("--lr", type=number(float, 0), help="peak learning rate at batch size 256")
+    add("--eta", type=number(float, 0), help="LARS trust coefficient; 0: plain SGD")
+    add("--weight-decay", type=number(float, 0), default=1e-6, help="except on biases and norms")
+    add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="backbone")
+    add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero")
-    add("--projector", type=within(1), nargs="+", default=[2048, 256], help="widths of its layers")
-    add("--size", type=within(8), default=32, help="side of a view in pixels")
-    add("--crop-scale", type=share, nargs=2, default=[0.08, 1.0], help="least and largest area")
+    add("--projector", type=number(int, 1), nargs="+", help="widths of its layers")
+    add("--size", type=number(int, 8), help="side of a view in pixels")
+    add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
     add("--flip-p", type=share, default=0.5, help="probability of a flip")
-    add("--jitter", type=share, nargs=4, default=[0.8, 0.8, 0.8, 0.2],
-        help="brightness, contrast, saturation, hue")
+    add("--jitter", type=share, nargs=4, help="brightness, contrast, saturation, hue")
     add("--jitter-p", type=share, default=0.8, help="probability of colour jitter")
     add("--gray-p", type=share, default=0.2, help="probability of grey")
-    add("--blur-p", type=share, nargs="+", default=[0.5], help="of blur; used by views in turn")
-    add("--solarize-p", type=share, nargs="+", default=[0.0], help="of solarising, likewise")
+    add("--blur-p", type=share, nargs="+", help="probability of blur; views take them in turn")
+    add("--solarize-p", type=share, nargs="+", help="of solarising, likewise")
     add("--compile", choices=("default", "reduce-overhead"), help="mode of torch.compile; for GPUs")
     add_machine_flags(parser)
 
-    known, _ = parser.parse_known_args(argv)  # once for the recipe, once with its settings
-    recipe = known.recipe or ("patterns" if known.data in (None, "patterns") else "small")
-    parser.set_defaults(**RECIPES[recipe], recipe=recipe)
+    known, _ = parser.parse_known_args(argv)  # the recipe comes first, its flags' defaults second
+    by_data = {None: "patterns", "patterns": "patterns", "cifar10": "small", "cifar100": "small"}
+    recipe = known.recipe or by_data.get(known.data, "photos")
+    parser.set_defaults(**vars(parser.parse_args(["--recipe", recipe, *RECIPES[recipe].split()])))
     add("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args(argv)
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
-    args.out = args.out or f"runs/{Path(args.data).resolve().name}"
+    args.crop_scale.sort()
+    args.out = args.out or f"runs/{Path(args.data).name}"
     return args
 
 
@@ -678,18 +898,23 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=within(0), default=min(8, os.cpu_count()), help="loaders per process")
-    add("--seed", type=within(0), default=0, help="seed of all random numbers")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="of each process")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
 
 
 def command_line(main):
     """Run main(). An error that the user can put right gives one line and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have a name's letters
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker adds its traceback
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory; lower --batch-size or --limit"
+    except Exception as error:
+        message = str(error).split("UserError: ")[-1].strip()  # a worker puts its traceback first
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            message = "out of memory; lower --batch-size or --size, and give another --out"
+        elif "shared memory" in message or "DataLoader worker (pid" in message:
+            message = "a loader worker lacks (shared) memory; give --workers 0, or enlarge /dev/shm"
+        elif not isinstance(error, (UserError, OSError, torch.linalg.LinAlgError)):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():

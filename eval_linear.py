@@ -10,7 +10,8 @@
 
 The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
 of the training images picks its learning rate. Then it is trained on all of them, and tested once.
-The result is printed, and added to linear.jsonl beside the backbone.
+The result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
+backbone finds alike. If there are no labels, features.pt gets the features of all images instead.
 """
 
 import argparse
@@ -23,13 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
-from tqdm import tqdm
+from torchvision.utils import save_image
 
 import clamp
 
-# n images as in clamp.py, their labels [n] and their features [n, f]
-Split = namedtuple("Split", "images labels features")
+# The images `rows` [n] of data, a clamp.Data, their labels [n] and their features [n, f]
+Split = namedtuple("Split", "data rows labels features")
 
 
 def load_backbone(path, pretrained=True, backbone=None):
@@ -42,123 +44,132 @@ def load_backbone(path, pretrained=True, backbone=None):
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
         if pretrained or backbone.state_dict().keys() != saved["backbone"].keys():
             backbone.load_state_dict(saved["backbone"])  # raises if the keys differ
-    except Exception:  # torch.load raises many kinds
+    except Exception:  # torch.load raises many types
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone")
     return backbone.eval(), saved
 
 
-def labelled_rows(images, labels, part, seed):
-    """The images whose labels are used: all, a fraction of each class, or those whose file names
-    (without spaces) stand in a text file, such as SimCLR's splits of ImageNet."""
+def choose_rows(data, rows, part):
+    """Those of the rows whose labels are used, in the same order: all, a fraction of each class, or
+    those whose file names (without spaces) stand in a text file, such as SimCLR's of ImageNet."""
     if part is None:
-        return torch.arange(len(labels))
+        return rows
     if isinstance(part, float):
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        classes = [order[labels[order] == k] for k in labels.unique()]
-        return torch.cat([rows[:max(1, round(part * len(rows)))] for rows in classes])
-    names, files = set(Path(part).read_text().split()), [] if torch.is_tensor(images) else images
-    rows = torch.tensor([k for k, file in enumerate(files) if Path(file).name in names])
-    if not len(rows) or len(rows) != len(names):
-        raise clamp.UserError(f"--labels {part}: its {len(names)} names fit {len(rows)} training "
-                              "files; each must fit one, not kept in memory")
-    return rows
+        labels = data.labels[rows]
+        places = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
+        places = torch.cat([x[:max(1, round(part * len(x)))] for x in places])
+        return rows[places.sort().values]
+    names, files = set(Path(part).read_text().split()), [] if data.files is None else data.files
+    kept = [row for row in rows.tolist() if len(files) and Path(files[row]).name in names]
+    if not kept or len(kept) != len(names):
+        raise clamp.UserError(f"--labels {part}: its {len(names)} names fit {len(kept)} training "
+                              "files; each must fit one")
+    return torch.tensor(kept)
 
 
-def extract(network, images, options):
-    """The network's outputs [n, f] for n images. Each process computes a share of them."""
-    (rank, world), n = clamp.rank_and_world(), len(images)
-    share = math.ceil(n / world)
-    rows = torch.arange(rank * share, (rank + 1) * share) % n  # the last share may wrap around
-    part = clamp.extract_features(network, images, rows, **options)
+def extract(network, data, rows, options):
+    """The network's outputs [n, f] for the images `rows` [n]. Each process computes a share."""
+    rank, world = clamp.rank_and_world()
+    share = math.ceil(len(rows) / world)
+    mine = torch.arange(rank * share, (rank + 1) * share) % len(rows)  # the last may begin again
+    part = clamp.extract_features(network, data, rows[mine], **options)
     if world == 1:
         return part
-    features = part.new_zeros(world, *part.shape)  # gather() would hold them three times
-    features[rank] = part
-    torch.distributed.all_reduce(features)
-    return features.flatten(0, 1)[:n]
+    features = part.new_empty(world * share, part.shape[1])
+    dist.all_gather_into_tensor(features, part)
+    return features[:len(rows)]
 
 
-def batches(train, args, options):
-    """Yield for each step the factor on the learning rate, the batch as rows of train (process 0's
-    share comes first), and the views of this process's share. The views are None without
-    --augment and --finetune."""
-    (rank, world), n = clamp.rank_and_world(), len(train.labels)
-    steps = n // args.batch_size
-    if args.batch_size % world or not steps:
-        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
-                              f"train on, and divisible by {world}, the number of processes")
-    augment = clamp.MultiViewAugment(options["size"], 1, jitter_p=0, gray_p=0, blur_p=[0])
-    for epoch in tqdm(range(args.epochs), "training", leave=False, disable=rank > 0):
-        seed = 10_000 * args.seed + epoch
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        order = order[:steps * args.batch_size].view(steps, world, -1)
-        torch.manual_seed(world * seed + rank)
-        views = [None] * steps
-        if args.augment or args.finetune:
-            pictures = clamp.image_batches(train.images, order[:, rank], augment.crop,
-                                           options["device"], options["workers"])
-            views = (augment(x)[0] for x in pictures)
-        scale = [clamp.lr_scale(epoch * steps + k, 0, args.epochs * steps) for k in range(steps)]
-        yield from zip(scale, order.flatten(1).to(options["device"]), views)
+def make_split(data, rows, backbone, options):
+    features = extract(backbone, data, rows, options)
+    return Split(data, rows, data.labels[rows].to(options["device"]), features)
+
+
+def draw_batches(split, args):
+    """For each step, the batch as places [b] in the split, and the factor on the learning rates."""
+    steps = len(split.rows) // args.batch_size
+    total = args.epochs * steps
+    batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
+    for step, batch in enumerate(clamp.progress(batches, "training", total, leave=False)):
+        yield batch, clamp.lr_scale(step, 0, total)
+
+
+class CropAndFlip(clamp.MultiViewAugment):
+    def photometric(self, x):
+        return x
+
+
+def augmented_batches(split, args, options):
+    """This process's share of each of those batches, randomly cropped and flipped."""
+    rank, world = clamp.rank_and_world()
+    augment = CropAndFlip(options["size"], views=1)
+    batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
+    shares = (split.rows[batch.chunk(world)[rank]] for batch in batches)
+    stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
+                                 options["workers"], args.seed)
+    for step, images in enumerate(stream):
+        torch.manual_seed(hash((args.seed, step, rank)))
+        yield augment(images)[0]
 
 
 def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier with each learning rate, side by side: SGD with momentum 0.9 and a
     cosine schedule, from zero. Returns their logits of test, [len(rates), n, classes]."""
+    device = options["device"]
     mean, std = train.features.mean(0), train.features.std(0)
     std = std.clamp(min=0.01 * std.mean().item())  # for constant features
+    heads = nn.Linear(len(mean), len(rates) * classes, device=device)  # one after the other
+    nn.init.zeros_(heads.weight), nn.init.zeros_(heads.bias)
+    optimizer = torch.optim.SGD(heads.parameters(), momentum=0.9)
+    rates = torch.tensor(rates, device=device)
 
-    def standardise(x):
-        return F.pad((x - mean) / std, (0, 1), value=1.0)  # the weight of the 1 is the bias
+    def logits(features):  # [n, f] -> [n, len(rates), classes]
+        return heads((features - mean) / std).unflatten(1, (-1, classes))
 
-    weight = torch.zeros(len(mean) + 1, len(rates) * classes, device=mean.device)
-    velocity = torch.zeros_like(weight)
-    column_rates = torch.tensor(rates, device=mean.device).repeat_interleave(classes)
-    for scale, batch, views in batches(train, args, options):
-        if views is None:
-            x = train.features[batch]
-        else:
-            x = clamp.gather(clamp.embed(backbone, views, options["dtype"])[None])[0]
-        x, y = standardise(x), F.one_hot(train.labels[batch], classes)
-        error = (x @ weight).unflatten(1, (-1, classes)).softmax(2) - y[:, None]
-        velocity = 0.9 * velocity + x.T @ error.flatten(1) / len(x)
-        weight -= column_rates * scale * velocity
-    return (standardise(test.features) @ weight).unflatten(1, (-1, classes)).transpose(0, 1)
+    views = augmented_batches(train, args, options) if args.augment else None
+    for batch, scale in draw_batches(train, args):
+        batch = batch.to(device, non_blocking=True)
+        x, y = train.features[batch], train.labels[batch]
+        if args.augment:
+            with torch.no_grad():
+                x = clamp.gather(clamp.embed(backbone, next(views), options["dtype"])[None])[0]
+        z = logits(x)
+        loss = F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(len(rates)), reduction="none")
+        loss = loss.view(len(y), -1).mean(0) @ rates  # a head's gradient times its rate
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = scale
+        optimizer.step()
+    with torch.no_grad():
+        return logits(test.features).transpose(0, 1)
 
 
 def finetune(train, test, rates, classes, backbone, args, options):
     """As probe(), for a classifier and a copy of the backbone, one rate after the other. The
     backbone's learning rate is 0.05 of the classifier's (arXiv 2506.13717)."""
-    (rank, world), dtype, logits = clamp.rank_and_world(), options["dtype"], []
+    (rank, world), device, dtype = clamp.rank_and_world(), options["device"], options["dtype"]
+    logits = []
     for rate in rates:
-        head = nn.Linear(train.features.shape[1], classes, device=options["device"])
-        network = nn.Sequential(copy.deepcopy(backbone), head).train()
+        head = nn.Linear(train.features.shape[1], classes)
+        network = clamp.place(nn.Sequential(copy.deepcopy(backbone), head), device).train()
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-        optimizer = torch.optim.SGD([{"params": network[0].parameters(), "rate": 0.05 * rate},
-                                     {"params": head.parameters(), "rate": rate}], momentum=0.9)
-        scaler = torch.amp.GradScaler(options["device"].type, enabled=dtype == torch.float16)
-        for scale, batch, views in batches(train, args, options):
-            for group in optimizer.param_groups:
-                group["lr"] = scale * group["rate"]
-            y = train.labels[batch].view(world, -1)[rank]
-            with torch.enable_grad():
-                loss = scaler.scale(F.cross_entropy(clamp.embed(model, views, dtype), y))
+        optimizer = torch.optim.SGD([{"params": part.parameters()} for part in network],
+                                    momentum=0.9)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        views = augmented_batches(train, args, options)
+        for batch, scale in draw_batches(train, args):
+            y = train.labels[batch.chunk(world)[rank].to(device, non_blocking=True)]
+            loss = F.cross_entropy(clamp.embed(model, next(views), dtype), y)
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            slow, fast = optimizer.param_groups
+            slow["lr"], fast["lr"] = 0.05 * rate * scale, rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # DDP (model, not network) gives all processes the first one's batch norm statistics.
-        logits.append(extract(model.eval(), test.images, options))
+        # Without synchronised batch norm, DDP has given all processes the statistics of the first.
+        logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
-
-
-def make_split(images, labels, backbone, options):
-    if labels.min() < 0:
-        raise clamp.UserError("--data: has no labels; evaluation needs train/<class>/ and "
-                              "test/<class>/ or val/<class>/")
-    images = images.to(options["device"]) if torch.is_tensor(images) else images
-    return Split(images, labels.to(options["device"]), extract(backbone, images, options))
 
 
 def accuracy(logits, labels, k=1):
@@ -166,44 +177,98 @@ def accuracy(logits, labels, k=1):
     return 100 * (top == labels[:, None]).any(1).float().mean().item()  # in %
 
 
-@torch.no_grad()
+def draw_neighbours(split, untrained, options, path):
+    """A picture of a dozen images, one a row, each before the eight of up to 5,000 images that are
+    nearest to it by the features, and before those by the features of an untrained backbone."""
+    places = torch.randperm(len(split.rows))[:5000]
+    data, rows = split.data, split.rows[places]
+    shown = [rows[:12, None]]
+    for x in (split.features[places.to(options["device"])],
+              clamp.extract_features(untrained, data, rows, **options)):
+        x = F.normalize(x).cpu()
+        cosine = (x[:12] @ x.T).fill_diagonal_(-1)  # an image is not its own neighbour
+        shown.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
+    crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
+    image, near, near_untrained = (
+        torch.stack([crop(x) for x in clamp.image_batches(data, s, crop, cpu)]) for s in shown)
+    white = torch.full_like(image, 255)
+    grid = torch.cat([image, white, near, white, near_untrained], 1)  # [12, 19, 3, 64, 64]
+    save_image(grid.flatten(0, 1) / 255, path, nrow=grid.shape[1])
+    print(f"{path}: images, their nearest by the features, and by those of an untrained network")
+
+
 def evaluate(args, backbone=None, data=None):
-    """Evaluate args.run by the settings of parse_args. Prints, writes and returns the result.
+    """Evaluate args.run by the settings of parse_args. Prints, writes and returns the result. If
+    there are no labels, it writes the features and returns None.
 
     backbone: a module of your own for the run's weights, images [n, 3, size, size] -> [n, f].
-    data: (images, labels) of your own to train on, and (images, labels) to test on.
-    """
+    data: (images, labels) of your own to train on, and (images, labels) to test on."""
     device, dtype = clamp.start_processes(args)
+    rank, own = clamp.rank_and_world()[0], data or (None, None)
     torch.manual_seed(args.seed)  # every process builds the same random network
+    untrained = None if backbone else load_backbone(args.run, pretrained=False)[0]
+    backbone = backbone or copy.deepcopy(untrained)
     backbone, saved = load_backbone(args.run, not args.random_init, backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last)
-    name = args.data or saved["settings"]["data"]
-    (images, labels), test = data or (clamp.load_data(name, "train", args.limit, args.seed),
-                                      clamp.load_data(name, "test"))
-    options = dict(size=saved["settings"]["size"], device=device, dtype=dtype, workers=args.workers)
-    rows = labelled_rows(images, labels, args.labels, args.seed)
-    rows = rows[torch.randperm(len(rows))]  # because the first tenth of them is held out
-    train = make_split(images[rows.numpy()], labels[rows], backbone, options)
-    test = make_split(*test, backbone, options)
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    settings, name = saved["settings"], args.data or saved["settings"]["data"]
+    options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
 
+    train = clamp.load_data(name, "train", args.limit, args.seed, own[0]).to(device)
+    test = clamp.load_data(name, "test", own=own[1]).to(device)
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(train.labels), generator=generator)  # the first ones are held out
+    rows, test_rows = rows[train.labels[rows] >= 0], torch.arange(len(test.labels))
+    labelled = len(rows) > 0
+    if not labelled:
+        test, test_rows = train, torch.arange(len(train.labels))
+    elif not len(test_rows):
+        fifth = math.ceil(len(rows) / 5)
+        test, test_rows, rows = train, rows[:fifth], rows[fifth:]
+    test = make_split(test, test_rows, backbone, options)
+    if labelled:
+        train = make_split(train, choose_rows(train, rows, args.labels), backbone, options)
+    unreadable = test.data.unreadable | (train.data.unreadable if labelled else set())
+    if unreadable:
+        raise clamp.UserError(f"{len(unreadable)} images cannot be read, all named above; repair or "
+                              "remove them")
+    if rank == 0 and untrained and not args.random_init:
+        draw_neighbours(test, untrained.to(device), options, folder / "neighbours.png")
+    if rank == 0 and not labelled:
+        files = None if test.data.files is None else test.data.files.tolist()
+        torch.save({"files": files, "features": test.features.cpu()}, folder / "features.pt")
+        print(f"no labels: the features of {len(test_rows)} images are in {folder}/features.pt")
+    if not labelled:
+        return None
+
+    tenth = math.ceil(len(train.rows) / 10)
+    held_out, rest = (Split(train.data, *(x[part] for x in train[1:]))
+                      for part in (slice(tenth), slice(tenth, None)))
+    world = clamp.rank_and_world()[1]
+    if args.batch_size % world or len(rest.rows) < args.batch_size:
+        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {len(rest.rows)}, "
+                              f"the images to train on, and divisible by {world}, the number of "
+                              "processes")
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
-    tenth = math.ceil(len(rows) / 10)
-    held_out, rest = Split(*(x[:tenth] for x in train)), Split(*(x[tenth:] for x in train))
     sweep = [accuracy(logits, held_out.labels) for logits in fit(rest, held_out, args.lr)]
     lr = args.lr[sweep.index(max(sweep))]
     logits, = fit(train, test, [lr])
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "n_train": len(rows), "n_test": len(test.labels), "data": "own" if data else name}
-    if clamp.rank_and_world()[0] == 0:
+              "n_train": len(train.rows), "n_test": len(test.rows), "data": "own" if data else name,
+              "epoch": saved["epoch"], "epochs": settings["epochs"]}
+    if rank == 0:
+        print(f"backbone after {saved['epoch']} of {settings['epochs']} epochs")
+        if test.data is train.data:
+            print(f"no test set: tested on {fifth} held-out images, which the backbone has seen "
+                  "without labels")
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")
         print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result)
               + " (before fine-tuning)" * args.finetune)
         print(json.dumps(result))
-        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
         with open(folder / "linear.jsonl", "a") as file:
             file.write(json.dumps(result | {"settings": vars(args)}) + "\n")
     return result
@@ -211,21 +276,22 @@ def evaluate(args, backbone=None, data=None):
 
 def parse_args(argv=None):
     def fraction_or_existing_file(text):
-        return text if Path(text).is_file() else clamp.within(1e-6, 1.0)(text)
+        return text if Path(text).is_file() else clamp.number(float, 1e-6, 1.0)(text)
 
+    number = clamp.number
     parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
-    add("--data", help="data set or folder; if None, what the run was trained on")
-    add("--limit", type=clamp.within(1), help="train on this many images, chosen at random")
+    add("--data", type=clamp.data_name, help="data set or folder; if None, that of the run")
+    add("--limit", type=number(int, 1), help="train on this many images, chosen at random")
     add("--labels", type=fraction_or_existing_file, help="share of the labels, or file of names")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
-    add("--lr", type=clamp.within(0.0), nargs="+", help="rates to choose from; if None, 5 or 6")
-    add("--epochs", type=clamp.within(1), help="if None, 100, or 20 for --finetune")
-    add("--batch-size", type=clamp.within(2), default=256, help="images a step, over all processes")
+    add("--lr", type=number(float, 0), nargs="+", help="rates to choose from; if None, 5 or 6")
+    add("--epochs", type=number(int, 1), help="if None, 100, or 20 for --finetune")
+    add("--batch-size", type=number(int, 2), default=256, help="images a step, over all processes")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)
     rates = [0.1, 0.2, 0.4, 0.6, 0.8] if args.finetune else [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
