@@ -4,9 +4,9 @@ The augmented views of an image form a small cloud on the unit sphere. The loss 
 a ball, and balls that overlap repel each other. The energy of this packing trains a ResNet without
 labels.
 
-    torchrun clamp.py                      minutes on a laptop, nothing to download
-    torchrun clamp.py --data cifar10       an hour on two CPU cores
-    torchrun clamp.py --data photos        your own folder of images
+    python clamp.py                        minutes on a laptop, nothing to download
+    python clamp.py --data cifar10         an hour on two CPU cores
+    python clamp.py --data photos          your own folder of images
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet
 
 The run folder gets views.png (augmented views, one image a row), log.jsonl (one line an epoch),
@@ -37,16 +37,21 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+
+class UserError(Exception):
+    """An error that the user can put right; it says how."""
+
+
 # -------- packing loss
 
 def balls(z, radius_scale=7.0, center=True):
     """Wrap the views of each image in a ball: z [m, b, d] -> centres Z_i [b, d], radii r_i [b].
 
-        Z_i, L_i = mean and covariance of image i's m embeddings on the unit sphere
+        Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    center: subtract the mean of all embeddings before they are put on the sphere.
-    float64 stays float64; other types become float32. Raises ValueError if m < 2."""
+    min(m, d) bounds the rank of L_i. center: subtract the mean of all embeddings before they are
+    put on the sphere, as the authors' code does. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -60,10 +65,10 @@ def balls(z, radius_scale=7.0, center=True):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart, and -inf if i = j. As in the authors' code, it is -inf, too, if the
-    centres are closer than 1e-3."""
+    for balls that are apart. Pairs that must not repel each other get -inf: i = j, and centres
+    closer than 1e-3. That limit and max_reach come from the authors' code."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # its gradient at 0 is 0
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -73,7 +78,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale, center), max_reach)
-    energy = x.relu().square().sum() / 2  # the potential; its sum must not be negative
+    energy = x.relu().square().sum() / 2  # put another potential here; log needs a positive sum
     return (energy + 1e-6).log()
 
 
@@ -87,16 +92,13 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5, center=True):
     variance = covariance.trace()
     return {
         "radius": radii.mean(),
-        "neighbours": neighbours.sum() / len(radii),  # of a ball, on average
-        "spread": variance.sqrt(),  # of the centres around their mean
-        # 1 if the centres lie on a line, d if they spread equally in all directions
-        "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30),
-    }
+        "neighbours": neighbours.sum() / len(radii),  # balls that a ball overlaps, on average
+        "spread": variance.sqrt(),  # root mean square distance of the centres from their mean
+        # directions in which the centres vary: 1 on a line, d if they do so equally in all
+        "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30)}
 
 
 # -------- augmentation
-# brightness() to gaussian_blur() compute what torchvision's functions do, but with a change or a
-# sigma for each image: x is [n, 3, h, w] in 0..1, the other is [n, 1, 1, 1]. 0 changes nothing.
 
 def random_boxes(x, scale):
     """Crop boxes (top, left, height, width), [4, n], for x [n, 3, h, w], drawn as RandomResizedCrop
@@ -106,8 +108,9 @@ def random_boxes(x, scale):
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    found, first = fits.any(0), fits.int().argmax(0)  # argmax: the first of the largest
+    found, first = fits.any(0), fits.int().argmax(0)  # argmax returns the first maximum
     column = torch.arange(n, device=x.device)
+    # If none fits, the largest box in the middle whose sides are between 3:4 and 4:3.
     h = torch.where(found, h[first, column], min(height, round(width * 4 / 3)))
     w = torch.where(found, w[first, column], min(width, round(height * 4 / 3)))
     u, v = torch.rand(2, n, device=x.device)
@@ -117,26 +120,29 @@ def random_boxes(x, scale):
 
 
 def resize_weights(start, length, size, full):
-    """Weights [n, size, full] with which each of `full` old pixels of a line counts in each of
-    `size` new ones, if the part from `start` on, of `length` pixels, is resized. As in bilinear
-    resizing with antialiasing, a weight falls linearly with the distance."""
+    """Matrices [n, size, full] that resize a part of a line of `full` pixels to `size` pixels. The
+    part is `length` pixels from `start` on; both are [n]. As in bilinear resizing with
+    antialiasing, the weight of an old pixel in a new one falls linearly with their distance."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size  # old pixels per new pixel
-    old = torch.arange(full, device=start.device) + 0.5 - start  # middles of the pixels
-    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], within the part
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
     weight = (1 - (old - new).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = torch.where((0 < old) & (old < length), weight, 0)  # only pixels of the part
+    weight = torch.where((0 < old) & (old < length), weight, 0)
     return weight / weight.sum(2, keepdim=True)
 
 
 def resized_crop(x, boxes, size):
-    """Cut its box out of each image of x [n, 3, h, w] and resize it: -> [n, 3, size, size]. As one
-    matrix product for all images, because F.interpolate takes one box at a time."""
+    """Cut its box out of each image of x [n, 3, h, w] and resize it: -> [n, 3, size, size]. These
+    are matrix products, because F.interpolate cannot take a box for each image."""
     top, left, height, width = boxes
     vertical = resize_weights(top, height, size, x.shape[2])[:, None]  # [n, 1, size, h]
-    horizontal = resize_weights(left, width, size, x.shape[3])[:, None]
+    horizontal = resize_weights(left, width, size, x.shape[3])[:, None]  # [n, 1, size, w]
     return vertical @ x @ horizontal.mT
 
+
+# brightness() to gaussian_blur() compute what torchvision's functions do, but the change or sigma
+# [n, 1, 1, 1] differs between the images x [n, 3, h, w] in 0..1. At 0, an image stays as it is.
 
 def brightness(x, change):
     return (x * (1 + change)).clamp(0, 1)
@@ -144,7 +150,7 @@ def brightness(x, change):
 
 def contrast(x, change):
     mean = v2.functional.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
-    return mean.lerp(x, 1 + change).clamp(0, 1)
+    return mean.lerp(x, 1 + change).clamp(0, 1)  # lerp extrapolates, too
 
 
 def saturation(x, change):
@@ -154,15 +160,16 @@ def saturation(x, change):
 def hue(x, change):
     """Shift the hue by `change` turns of the colour circle: from RGB to HSV and back."""
     red, green, blue = x.unbind(1)
-    high, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)
-    h = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    h = torch.where(high == red, (green - blue) / safe, h)  # in sixths: red 0, green 2, blue 4
-    h = h + 6 * change[:, 0]
+    angle = torch.where(  # in sixths of a turn: red is 0, green 2, blue 4
+        value == red, (green - blue) / safe, torch.where(
+            value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    angle = angle + 6 * change[:, 0]
 
-    def channel(n):  # the usual formula of HSV to RGB
-        k = (n + h) % 6
-        return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    def channel(n):  # the usual formula: value - chroma * max(0, min(k, 4 - k, 1))
+        k = (n + angle) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
     return torch.stack([channel(5), channel(3), channel(1)], 1)
 
 
@@ -170,19 +177,22 @@ def gaussian_blur(x, sigma, kernel):
     """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels."""
     n, channels, height, width = x.shape
     taps = torch.arange(kernel, device=x.device) - kernel // 2
-    weights = (-0.5 * (taps / sigma.view(n, 1).clamp(min=1e-3)).square()).softmax(1)
+    sigma = sigma.view(n, 1).clamp(min=1e-3)  # only the middle tap counts
+    weights = (-0.5 * (taps / sigma).square()).softmax(1)  # a Gaussian whose sum is 1
     weights = weights.repeat_interleave(channels, 0)[:, None]  # [n * channels, 1, kernel]
     x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]  # [1, n * channels, ...]
-    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)  # one group a channel and image
+    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)  # a group is a channel of an image
     x = F.conv2d(x, weights[:, :, None, :], groups=n * channels)
     return x.view(n, channels, height, width)
 
 
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
 def normalize(x):
-    """By ImageNet's means and deviations. A tensor of them would make a GPU wait for a copy."""
-    red, green, blue = x.unbind(1)
-    return torch.stack(
-        [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225], 1)
+    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # without waiting
+    return (x - mean) / std
 
 
 @dataclass
@@ -200,7 +210,7 @@ class MultiViewAugment:
 
     def __call__(self, images):
         """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size], normalised. Images from
-        files differ in H and W, so they come as crops [b, m, 3, size, size], made by crop()."""
+        files differ in H and W, so for them the loader has called crop(): [b, m, 3, size, size]."""
         if images.ndim == 4:
             x = images.repeat(self.views, 1, 1, 1) / 255  # view 0 of all images comes first
             x = resized_crop(x, random_boxes(x, self.crop_scale), self.size)
@@ -210,7 +220,7 @@ class MultiViewAugment:
         return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
 
     def crop(self, image):
-        """One image uint8 [3, H, W] -> crops uint8 [m, 3, size, size]."""
+        """An image from a file, uint8 [3, H, W] -> crops uint8 [m, 3, size, size]."""
         crop = v2.RandomResizedCrop(self.size, self.crop_scale)
         return torch.stack([crop(image) for _ in range(self.views)])
 
@@ -241,13 +251,13 @@ class MultiViewAugment:
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f].
-    stem: "imagenet", or "cifar", which keeps small images large.
+    stem: "imagenet", or "cifar" for small images: 3x3, stride 1, no max-pool.
     zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
-    if stem == "cifar":  # the authors' padding makes 34 pixels of 32
-        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2, bias=False)
+    if stem == "cifar":
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)  # 32 -> 34 px, as the authors'
         backbone.maxpool = nn.Identity()
     return backbone
 
@@ -262,7 +272,7 @@ def build_network(args):
 
 def place(network, device):
     """Move a network to the device. On several GPUs, batch norm is synchronised."""
-    if device.type == "cuda" and dist.is_initialized():  # CPUs have no SyncBatchNorm
+    if device.type == "cuda" and rank_and_world()[1] > 1:  # CPUs have no SyncBatchNorm
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)
 
@@ -299,7 +309,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup may be a fraction
+        return min(1, (step + 1) / warmup)  # warmup may be half a step
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -312,7 +322,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. It has no
         parameters: what is to be trained belongs into the network.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: a subclass of MultiViewAugment
+    augment: a subclass of MultiViewAugment (the class itself)
     data: images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
@@ -321,10 +331,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     rank, world = rank_and_world()
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
-    settings = json.loads(json.dumps(settings, default=str))  # no Path or numpy type, to be saved
+    settings = json.loads(json.dumps(settings, default=str))  # plain types can be loaded safely
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    if data and args.recipe == "patterns":
+    if data and args.recipe == "patterns":  # the default, made for other images
         raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
     data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(data.labels)
@@ -342,11 +352,11 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                      weight_decay=args.weight_decay, eta=args.eta)
     optimizer = optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has lower ones
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
-        if checkpoint and checkpoint[name]:  # without fp16, the scaler's is empty
+        if checkpoint and checkpoint[name]:  # the scaler has no state without fp16
             part.load_state_dict(checkpoint[name])
     if args.compile:
         network.compile(mode=args.compile)
@@ -355,12 +365,13 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     if rank == 0:
         readout = pick_readout(data, args)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print(f"{args.data}: {n} images of {len(readout.labels.unique())} known classes, {steps} "
-              f"steps an epoch; torch {torch.__version__}, {world} x {name}, {dtype}; "
+        classes = f"{len(readout.labels.unique())} classes" if readout else "unknown classes"
+        print(f"{args.data}: {n} images of {classes}, {steps} steps an epoch; "
+              f"torch {torch.__version__}, {world} x {name}, {dtype}; "
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, parts)
+            save(out, log, settings, 0, parts)  # from now on, other settings are refused here
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
     stream = image_batches(data, shares, augment.crop, device, args.workers, args.seed,
@@ -370,14 +381,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     for epoch in range(start, args.epochs):
         began, readings = time.time(), []
         model.train()
-        for step, images in enumerate(islice(stream, steps), epoch * steps):
-            torch.manual_seed(hash((args.seed, step, rank)))  # a continued run draws the same
+        for k, images in enumerate(islice(stream, steps)):
+            step = epoch * steps + k
+            torch.manual_seed(hash((args.seed, step, rank)))  # the same if the run is continued
             views = augment(images)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
             loss = loss_fn(z)
             optimizer.zero_grad()
-            scaler.scale(world * loss).backward()  # world times, because DDP divides by it
+            scaler.scale(world * loss).backward()  # DDP takes the mean, and gather() needs the sum
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * lr_scale(step, warmup, total)
             scaler.step(optimizer)
@@ -387,7 +399,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             if step == 0 and rank == 0:
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if (step + 1) % steps % math.ceil(steps / 20) == 0:  # rarely, because a GPU has to wait
+            if k % math.ceil(steps / 20) == 0 or k + 1 == steps:  # rarely: a GPU has to wait
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
@@ -397,8 +409,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
             record |= {x: sum(r[x] for r in readings) / len(readings) for x in readings[0]}
-            if len(readout.labels) > 1:
-                record["knn"] = knn_readout(network, readout, args.size, device, dtype)
+            if readout:
+                record["train_knn"] = knn_readout(network, readout, args.size, device, dtype)
             if data.unreadable:
                 record["unreadable"] = len(data.unreadable)
             if device.type == "cuda":
@@ -407,7 +419,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, parts)
     bar.close()
-    if rank == 0 and not {"network", "data"} & set(settings["own"]):
+    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -419,7 +431,7 @@ def progress(*args, **options):
 
 
 def read_numbers(loss, z, network, args, epoch):
-    """Numbers for the log. Those of the packing show a collapse of other losses, too. Raises
+    """Numbers for the log. Those of the packing are there for any loss, to show a collapse. Raises
     UserError if the loss or a weight is not finite."""
     numbers = {"loss": loss} | packing_numbers(z, args.radius_scale, args.max_reach)
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
@@ -431,7 +443,7 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ, without those that do not change the result."""
+    """The names of settings that differ, without those that a run may change on its way."""
     names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -439,7 +451,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    if not list(Path(out).glob("*.pt")):  # a backbone.pt alone is not overwritten
+    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt is not overwritten, but an error
         return None
     try:
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
@@ -461,8 +473,8 @@ def claim(out):
 
 
 def save(out, log, settings, epoch, parts):
-    """Write log.jsonl, backbone.pt and checkpoint.pt. A process that is killed meanwhile leaves
-    the old or the new file. parts: network, optimizer and scaler."""
+    """Write log.jsonl, backbone.pt, and checkpoint.pt, which has all that a run needs to go on. It
+    is replaced last, and whole, in case the process is killed."""
     state = {"epoch": epoch, "settings": settings}
     files = {
         "backbone": state | {"backbone": parts["network"].backbone.state_dict()},
@@ -481,7 +493,7 @@ def save(out, log, settings, epoch, parts):
 
 def center_crop(images, size):
     """Cut the centre out of images uint8 [..., 3, H, W], 7/8 of the shorter side, and resize it to
-    [..., 3, size, size]. Images of that size stay as they are."""
+    [..., 3, size, size]. Images of that size stay as they are, so a second call does nothing."""
     if images.shape[-2:] == (size, size):
         return images
     side = max(1, round(min(images.shape[-2:]) * 7 / 8))
@@ -491,10 +503,12 @@ def center_crop(images, size):
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
+    # The loader crops images from files, and the loop those in memory.
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(data, rows.split(256), crop, device, workers)
     bar = progress(batches, "features", total, leave=False)
-    return torch.cat([embed(backbone, normalize(crop(x) / 255), dtype) for x in bar])
+    parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
+    return torch.cat(parts).to(device)  # on a GPU, torch.cat would need twice the memory
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
@@ -511,11 +525,14 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20):
 def pick_readout(data, args):
     """Up to 5,000 labelled images, cropped and in memory, for a look after each epoch."""
     rows = (data.labels >= 0).nonzero()[:, 0]
-    rows = rows[torch.randperm(len(rows))[:5000]]
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = rows[torch.randperm(len(rows), generator=generator)[:5000]]
+    if len(rows) < 2:
+        return None
     crop = partial(center_crop, size=args.size)
     batches = image_batches(data, rows.split(256), crop, torch.device("cpu"), args.workers)
-    images = [crop(x) for x in progress(batches, "read-out", leave=False)]
-    return Data(torch.cat(images) if images else None, data.labels[rows])
+    images = torch.cat([crop(x) for x in progress(batches, "read-out", leave=False)])
+    return Data(images, data.labels[rows])
 
 
 def knn_readout(network, readout, size, device, dtype):
@@ -530,25 +547,20 @@ DATASETS = "patterns", "cifar10", "cifar100"
 EXTENSIONS = *IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic"
 
 
-class UserError(Exception):
-    """An error that the user can put right; it says how."""
-
-
 @dataclass
 class Data:
     """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
     images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
     labels: torch.Tensor  # int64 [n], -1 if unknown
-    files: np.ndarray = None  # n names; loader workers would copy a list
-    unreadable: set = field(default_factory=set)  # what was said of files that are left out
+    files: np.ndarray = None  # n names; an array, because processes share it
+    unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
         if self.images is not None:
             self.images = self.images.to(device)
         return self
 
-    def leave_out(self, problem):
-        """Say once that a file cannot be read."""
+    def report(self, problem):
         if problem not in self.unreadable:
             tqdm.write(f"unreadable: {problem}")
         self.unreadable.add(problem)
@@ -584,20 +596,21 @@ def draw_patterns(n, seed):
 
 
 def load_data(name, split, limit=None, seed=0, own=None):
-    """The "train" or "test" split of one of DATASETS, or of a folder, or own images and labels, as
-    Data. A folder without test images has n = 0. limit: keep this many images, chosen at random."""
+    """The "train" or "test" images of one of DATASETS or of a folder, or one's own, as Data. n = 0
+    if a folder has no test images. limit: keep this many images, chosen at random."""
     if own:
         data = Data(*own)
         if data.images.dtype != torch.uint8:
             raise UserError(f"data: the images are {data.images.dtype}; give uint8 from 0 to 255")
     elif name == "patterns":
-        data = Data(*draw_patterns(5000, 0) if split == "train" else draw_patterns(2000, 1))
+        n, pattern_seed = (5000, 0) if split == "train" else (2000, 1)
+        data = Data(*draw_patterns(n, pattern_seed))
     else:
         data = download(name, split) if name in DATASETS else list_images(Path(name), split)
     if limit:
         kept = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-        data = Data(*(x if x is None else x[kept[:limit]]
-                      for x in (data.images, data.labels, data.files)))
+        kept = kept[:limit].numpy()  # images and labels are tensors, files are a numpy array
+        data = Data(*(x if x is None else x[kept] for x in (data.images, data.labels, data.files)))
     if data.images is None and len(data.files):
         keep_in_memory(data)
     return data
@@ -619,44 +632,44 @@ def download(name, split):
 
 
 def find_images(root):
-    """(file, class) of the images below a folder. The class is the first folder on the way to the
-    file, or None. Hidden names, __MACOSX and run folders are left out."""
-    def fail(error):  # a folder that may not be read
-        if not isinstance(error, FileNotFoundError):
+    """(file, class) of each image below a folder, sorted. The class is the first folder on the way
+    to the file, or None. Hidden names, __MACOSX and run folders are left out."""
+    def fail(error):
+        if not isinstance(error, FileNotFoundError):  # root may be missing, but not forbidden
             raise error
 
     found, seen = [], set()
     for at, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if os.path.realpath(at) in seen:  # by a link, which may lead round in circles
+        if os.path.realpath(at) in seen:  # a link has led back here
             folders.clear()
             continue
         seen.add(os.path.realpath(at))
-        folders[:] = sorted(x for x in folders if x[0] != "." and x != "__MACOSX"
-                            and not Path(at, x, "checkpoint.pt").exists())
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
+                            and not Path(at, name, "checkpoint.pt").exists())
         way = Path(at).relative_to(root).parts
-        found += [(os.path.join(at, x), way[0] if way else None) for x in sorted(names)
-                  if x[0] != "." and x.lower().endswith(EXTENSIONS)]
+        found += [(os.path.join(at, name), way[0] if way else None) for name in sorted(names)
+                  if name[0] != "." and name.lower().endswith(EXTENSIONS)]
     return found
 
 
 def list_images(path, split):
-    """Data of a folder whose files have not been read. Test images are in test/ or val/, whichever
-    has classes, and training images in train/, or in the rest of the folder."""
-    parts = {name: find_images(path / name) for name in ("test", "val")}
-    tests = [name for name in parts if any(c for _, c in parts[name])]
-    train = find_images(path / "train") or [x for x in find_images(path) if x[1] not in tests]
+    """Data of a folder, with the files' names only.
+    Training images: all in train/, or without train/ all that are not in test/ or val/.
+    Test images: all with a class in test/, or if there are none, in val/."""
+    train, test, val = (find_images(path / name) for name in ("train", "test", "val"))
+    train = train or [x for x in find_images(path) if x[1] not in ("test", "val")]
     if not train:
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
-    classes = sorted({c for _, c in train if c})
-    numbers = {c: k for k, c in enumerate(classes)} if len(classes) > 1 else {}
-    test = parts[tests[0]] if tests and numbers else []
-    unknown = {c for _, c in test if c} - numbers.keys()
+    classes = sorted({label for _, label in train if label})
+    numbers = {label: k for k, label in enumerate(classes)} if len(classes) > 1 else {}
+    test = [x for x in test if x[1]] or [x for x in val if x[1]] if numbers else []
+    unknown = {label for _, label in test} - numbers.keys()
     if unknown:
         raise UserError(f"--data {path}: no training images of {', '.join(sorted(unknown))}")
-    files = train if split == "train" else test
-    return Data(None, torch.tensor([numbers.get(c, -1) for _, c in files]).long(),
-                np.array([file for file, _ in files]))
+    images = train if split == "train" else test
+    labels = torch.tensor([numbers.get(label, -1) for _, label in images], dtype=torch.int64)
+    return Data(None, labels, np.array([file for file, _ in images]))
 
 
 def read_image(file, size=None):
@@ -665,7 +678,7 @@ def read_image(file, size=None):
     Raises UserError if it cannot be read."""
     try:
         with Image.open(str(file)) as image:
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":  # I, I;16 and F have 16 or 32 bits
                 raise ValueError("more than 8 bits a channel; convert it to 8 bits")
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -687,7 +700,7 @@ def keep_in_memory(data):
             return read_image(file, size)
         except UserError as error:
             if rank_and_world()[0] == 0:
-                data.leave_out(str(error))
+                data.report(str(error))
 
     n = len(data.files)
     sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
@@ -704,15 +717,15 @@ def keep_in_memory(data):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Item (row, seed) is the image in files[row], transformed, and "". If it cannot be read, the
-    next one takes its place, and the text says why."""
+    """Item (row, seed) is a pair: the image in files[row], transformed, and "". If it cannot be
+    read, the next one takes its place, and the text says why."""
 
     def __init__(self, files, transform):
         self.files, self.transform = files, transform
 
     def __getitem__(self, item):
         (row, seed), problem = item, ""
-        torch.manual_seed(seed)  # so that it does not matter which worker is at work
+        torch.manual_seed(seed)  # the same in any worker; train() seeds anew after it
         for k in range(len(self.files)):
             try:
                 image = read_image(self.files[(row + k) % len(self.files)])
@@ -731,21 +744,21 @@ def draw_batches(n, batch_size, epochs, seed):
 
 
 def image_batches(data, batches, transform, device, workers=0, seed=0, first_step=0):
-    """For each tensor of rows in `batches`, these images on `device`. Images in memory come as they
-    are. Files are read and transformed by `workers` processes."""
+    """For each tensor of rows in `batches`, these images on `device`: as they are if they are in
+    memory, or else read and transformed by `workers` processes."""
     if data.images is not None:
         for rows in batches:
             images = data.images[rows.to(data.images.device, non_blocking=True)]
-            yield images.to(device, non_blocking=True)
+            yield images.to(device, non_blocking=device.type == "cuda")  # a CPU would not wait
         return
-    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
-             for step, rows in enumerate(batches, first_step))
+    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]  # hashes of integers are
+             for step, rows in enumerate(batches, first_step))          # the same in any process
     loader = torch.utils.data.DataLoader(
         ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
     for images, problems in loader:
         for problem in filter(None, problems):
-            data.leave_out(problem)
+            data.report(problem)
         yield images.to(device, non_blocking=True)
 
 
@@ -772,9 +785,10 @@ def start_processes(args):
         bf16 = torch.cpu._is_avx512_bf16_supported()
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    if args.amp == "auto":
-        return device, torch.bfloat16 if bf16 else torch.float16 if cuda else torch.float32
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    amp = args.amp
+    if amp == "auto":
+        amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
 def from_all(value):
@@ -794,7 +808,8 @@ def agree(facts):
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part."""
+    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
+    The sum of the processes' gradients is that of the whole batch."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -805,7 +820,8 @@ def gather(z):
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts.
+# A recipe is a list of flags. If a flag comes twice, the last one counts. SMALL is for CPUs: the
+# ImageNet stem makes 8 x 8 of 32 x 32 pixels, and short runs want a shorter reach.
 SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
     --warmup-epochs 1 --lr .4 --eta 0 --arch resnet18 --stem imagenet --zero-init
     --projector 2048 256 --size 32 --crop-scale .2 1 --jitter .4 .4 .2 .1 --blur-p .5
@@ -813,7 +829,7 @@ SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-siz
 IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
     --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
     --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-RECIPES = {  # the first three are ours, the others published
+RECIPES = {  # the first three are ours, the others published, with --lr for 256 images
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
@@ -831,7 +847,7 @@ def number(kind, low, high=math.inf):
     """A flag's type: a finite int or float from low to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not (low <= value <= high and math.isfinite(value)):
             limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: give {limits}")
         return value
@@ -849,13 +865,12 @@ def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        description="Train CLAMP. Help of a recipe: --recipe NAME --help",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Train CLAMP. A recipe sets all flags without a default in brackets.")
     add, share = parser.add_argument, number(float, 0, 1)
-    add("--recipe", choices=RECIPES, help="the flags' defaults; if None, the one for the data")
+    add("--recipe", choices=RECIPES, help="(chosen by --data)")
     add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
-    add("--limit", type=number(int, 1), help="train on this many images, chosen at random")
-    add("--out", help="run folder; if None, runs/<data>")
+    add("--limit", type=number(int, 1), help="train on this many random images (all)")
+    add("--out", help="run folder (runs/<data>)")
     add("--radius-scale", type=number(float, 1e-3), help="r_s, factor on the radii")
     add("--max-reach", type=number(float, 1e-3), help="largest sum of two radii")
     add("--views", type=number(int, 2), help="m, views of an image")
@@ -864,7 +879,7 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=number(float, 0), help="at most a third of the epochs")
     add("--lr", type=number(float, 0), help="peak learning rate at batch size 256")
     add("--eta", type=number(float, 0), help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=number(float, 0), default=1e-6, help="except on biases and norms")
+    add("--weight-decay", type=number(float, 0), default=1e-6, help="not of biases, norms (1e-6)")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="backbone")
     add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
@@ -872,21 +887,22 @@ def parse_args(argv=None):
     add("--projector", type=number(int, 1), nargs="+", help="widths of its layers")
     add("--size", type=number(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
-    add("--flip-p", type=share, default=0.5, help="probability of a flip")
+    add("--flip-p", type=share, default=0.5, help="probability of a flip (0.5)")
     add("--jitter", type=share, nargs=4, help="brightness, contrast, saturation, hue")
-    add("--jitter-p", type=share, default=0.8, help="probability of colour jitter")
-    add("--gray-p", type=share, default=0.2, help="probability of grey")
+    add("--jitter-p", type=share, default=0.8, help="probability of colour jitter (0.8)")
+    add("--gray-p", type=share, default=0.2, help="probability of grey (0.2)")
     add("--blur-p", type=share, nargs="+", help="probability of blur; views take them in turn")
     add("--solarize-p", type=share, nargs="+", help="of solarising, likewise")
-    add("--compile", choices=("default", "reduce-overhead"), help="mode of torch.compile; for GPUs")
+    add("--compile", choices=("default", "reduce-overhead"), help="mode of torch.compile (off)")
     add_machine_flags(parser)
 
-    known, _ = parser.parse_known_args(argv)  # the recipe comes first, its flags' defaults second
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args(argv)  # only to learn the recipe
     by_data = {None: "patterns", "patterns": "patterns", "cifar10": "small", "cifar100": "small"}
     recipe = known.recipe or by_data.get(known.data, "photos")
-    parser.set_defaults(**vars(parser.parse_args(["--recipe", recipe, *RECIPES[recipe].split()])))
+    parser.epilog = f"The recipe {recipe}: {RECIPES[recipe]}"
     add("-h", "--help", action="help", help="show this and exit")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(["--recipe", recipe, *RECIPES[recipe].split(), *argv])
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale.sort()
     args.out = args.out or f"runs/{Path(args.data).name}"
@@ -896,24 +912,25 @@ def parse_args(argv=None):
 def add_machine_flags(parser):
     """Flags that eval_linear.py has too."""
     add = parser.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="of each process")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loaders (cores)")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers (0)")
 
 
 def command_line(main):
     """Run main(). An error that the user can put right gives one line and exit status 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have a name's letters
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that it cannot encode
     try:
         main()
     except Exception as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker puts its traceback first
+        message = str(error).split("UserError: ")[-1].strip()  # a worker's begins with a traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
-            message = "a loader worker lacks (shared) memory; give --workers 0, or enlarge /dev/shm"
-        elif not isinstance(error, (UserError, OSError, torch.linalg.LinAlgError)):
+            message = ("the loader workers lack shared memory; give --workers 0, or enlarge "
+                       "/dev/shm (docker run --shm-size)")
+        elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)

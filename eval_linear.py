@@ -218,7 +218,7 @@ def evaluate(args, backbone=None, data=None):
     test = clamp.load_data(name, "test", own=own[1]).to(device)
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(train.labels), generator=generator)  # the first ones are held out
-    rows, test_rows = rows[train.labels[rows] >= 0], torch.arange(len(test.labels))
+    rows, test_rows = rows[train.labels[rows] >= 0], (test.labels >= 0).nonzero()[:, 0]
     labelled = len(rows) > 0
     if not labelled:
         test, test_rows = train, torch.arange(len(train.labels))
@@ -230,7 +230,7 @@ def evaluate(args, backbone=None, data=None):
         train = make_split(train, choose_rows(train, rows, args.labels), backbone, options)
     unreadable = test.data.unreadable | (train.data.unreadable if labelled else set())
     if unreadable:
-        raise clamp.UserError(f"{len(unreadable)} images cannot be read, all named above; repair or "
+        raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
                               "remove them")
     if rank == 0 and untrained and not args.random_init:
         draw_neighbours(test, untrained.to(device), options, folder / "neighbours.png")
@@ -279,19 +279,18 @@ def parse_args(argv=None):
         return text if Path(text).is_file() else clamp.number(float, 1e-6, 1.0)(text)
 
     number = clamp.number
-    parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
-    add("--data", type=clamp.data_name, help="data set or folder; if None, that of the run")
-    add("--limit", type=number(int, 1), help="train on this many images, chosen at random")
-    add("--labels", type=fraction_or_existing_file, help="share of the labels, or file of names")
+    add("--data", type=clamp.data_name, help="data set or folder (that of the run)")
+    add("--limit", type=number(int, 1), help="train on this many random images (all)")
+    add("--labels", type=fraction_or_existing_file, help="a share, or a file of names (all)")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
-    add("--lr", type=number(float, 0), nargs="+", help="rates to choose from; if None, 5 or 6")
-    add("--epochs", type=number(int, 1), help="if None, 100, or 20 for --finetune")
-    add("--batch-size", type=number(int, 2), default=256, help="images a step, over all processes")
+    add("--lr", type=number(float, 0), nargs="+", help="rates to choose from (5 or 6)")
+    add("--epochs", type=number(int, 1), help="(100, or 20 for --finetune)")
+    add("--batch-size", type=number(int, 2), default=256, help="over all processes (256)")
     clamp.add_machine_flags(parser)
     args = parser.parse_args(argv)
     rates = [0.1, 0.2, 0.4, 0.6, 0.8] if args.finetune else [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]

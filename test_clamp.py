@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,8 +28,9 @@ import eval_linear
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 TINY = ["--epochs", "3", "--limit", "96", "--batch-size", "32", "--views", "2", "--projector",
-        "32", "16", "--workers", "1"]
+        "32", "16", "--size", "32", "--workers", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,17 +96,25 @@ def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 @pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 4)])
 @pytest.mark.parametrize("options", [
     {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.4)])
-def test_loss_and_gradient_equal_the_equations(shape, options):
+def test_loss_gradient_and_numbers_equal_the_equations(shape, options):
     z = embeddings(*shape)
     z[:, 0] = z[:, 1] + 1e-4  # closer than 1e-3
     z.requires_grad_()
-    (loss, geometry), (expected, expected_geometry) = (
-        function(z, **options) for function in (clamp.packing_loss, loop_loss))
+    loss, (expected, expected_numbers) = clamp.packing_loss(z, **options), loop_loss(z, **options)
     gradient, expected_gradient = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(geometry, expected_geometry, rtol=1e-6, atol=0, check_dtype=False)
-    assert geometry["neighbours"] > 0
+    numbers = clamp.packing_numbers(z, **options)
+    torch.testing.assert_close(numbers, expected_numbers, rtol=1e-6, atol=0, check_dtype=False)
+    assert numbers["neighbours"] > 0
+
+
+def test_overlap_by_hand():
+    centers, inf = torch.tensor([[0.0, 0], [0.3, 0.4], [0.3, 0.4005], [0, 2]]), math.inf
+    x = clamp.overlap(centers, torch.tensor([0.5, 0.5, 0.5, 1.5]), max_reach=1.6)
+    expected = torch.tensor([-inf, 0.5, 1 - math.hypot(0.3, 0.4005), 1 - 2 / 1.6])
+    torch.testing.assert_close(x[0], expected)
+    assert x[1, 2] == -inf and -inf < x[3, 1] < 0 and torch.equal(x, x.T)
 
 
 @pytest.mark.parametrize("z", [
@@ -117,29 +128,32 @@ def test_loss_and_gradient_equal_the_equations(shape, options):
 ])
 def test_gradients_are_finite(z):
     z = z.clone().requires_grad_()
-    loss, geometry = clamp.packing_loss(z)
-    loss.backward()
-    assert loss.isfinite() and z.grad.isfinite().all()
-    assert all(value.isfinite() for value in geometry.values())
+    loss, distance = clamp.packing_loss(z), 1 - clamp.overlap(*clamp.balls(z))
+    attraction = (distance.clamp(min=0.3) ** -12 - distance.clamp(min=0.3) ** -6).sum()
+    for value in (loss, attraction):  # of pairs that do not count, the distance is infinite
+        assert value.isfinite() and torch.autograd.grad(value, z)[0].isfinite().all()
+    assert all(value.isfinite() for value in clamp.packing_numbers(z).values())
     assert loss.dtype == (torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
 def test_close_centres_in_float32_have_the_gradient_of_float64():
     z = embeddings(4, 40, 32, noise=0.05)
     z[:, 1] = z[:, 0] + 2e-2 / math.sqrt(32) * torch.randn(32)
-    exact, ours = (torch.autograd.grad(clamp.packing_loss(x)[0], x)[0]
+    exact, ours = (torch.autograd.grad(clamp.packing_loss(x), x)[0]
                    for x in (z.requires_grad_(), z.detach().float().requires_grad_()))
     assert exact.any() and (ours - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_loss_ignores_autocast_and_refuses_other_shapes():
+def test_loss_ignores_autocast_shows_nan_and_refuses_other_shapes():
     z = embeddings(4, 9, 6).float()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = clamp.packing_loss(z)[0]
-    assert inside == clamp.packing_loss(z)[0]
+        inside = clamp.packing_loss(z)
+    assert inside == clamp.packing_loss(z)
     for wrong in z[:1], z[0]:
         with pytest.raises(ValueError, match="views >= 2"):
             clamp.packing_loss(wrong)
+    z[1, 2, 3] = math.nan
+    assert clamp.packing_loss(z).isnan() and clamp.packing_loss(z, center=False).isnan()
 
 
 # -------- augmentation
@@ -160,7 +174,7 @@ def pictures(n=12, height=20, width=28):
     (clamp.hue, TF.adjust_hue, -0.5, 0.5),
     (lambda x, s: clamp.gaussian_blur(x, s, 3), lambda x, s: TF.gaussian_blur(x, 3, s), 0.1, 2),
     (lambda x, s: clamp.gaussian_blur(x, s, 9), lambda x, s: TF.gaussian_blur(x, 9, s), 0.1, 2),
-    (lambda x, _: clamp.normalize(x), lambda x, _: TF.normalize(x, clamp.MEAN, clamp.STD), 0, 1),
+    (lambda x, _: clamp.normalize(x), lambda x, _: TF.normalize(x, MEAN, STD), 0, 1),
 ])
 def test_operators_equal_torchvision(ours, theirs, low, high):
     x = pictures()
@@ -170,108 +184,131 @@ def test_operators_equal_torchvision(ours, theirs, low, high):
 
 
 @pytest.mark.parametrize("size", [8, 16, 40])
-def test_resized_crop_equals_torchvision(size):
+def test_crops_equal_torchvision(size):
     x = pictures()
     torch.manual_seed(0)
-    boxes = clamp.draw_boxes(x, (0.05, 1.0))
+    boxes = clamp.random_boxes(x, (0.05, 1.0))
     boxes[:, 0], boxes[:, 1] = torch.tensor([0, 0, 20, 28]), torch.tensor([19, 27, 1, 1])
     for picture, box, ours in zip(x, boxes.T, clamp.resized_crop(x, boxes, size)):
         expected = TF.resized_crop(picture, *box.int().tolist(), [size, size], antialias=True)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    images = (x * 255).byte()
+    middle = images[:, :, 1:19, 5:23]  # 7/8 of 20 are 18
+    ours, expected = clamp.center_crop(images, size), TF.resize(middle, [size, size])
+    assert torch.equal(ours, expected) and clamp.center_crop(middle, 18) is middle
 
 
 def test_boxes_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     crop, picture = torchvision.transforms.RandomResizedCrop, torch.zeros(3, 24, 40)
     scale = 0.08, 1.0
-    ours = clamp.draw_boxes(picture.expand(4000, 3, 24, 40), scale).T
+    ours = clamp.random_boxes(picture.expand(4000, 3, 24, 40), scale).T
     theirs = torch.tensor([crop.get_params(picture, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= torch.tensor([24, 40])).all()
     for a, b in ((ours, theirs.float()), (ours.square(), theirs.float().square())):
         torch.testing.assert_close(a.mean(0), b.mean(0), rtol=0.06, atol=0.1)
     for height, width in ((10, 100), (10, 101), (91, 8), (9, 9)):  # nothing fits: the centre
         box = crop.get_params(torch.zeros(3, height, width), (1.0, 1.0), (3 / 4, 4 / 3))
-        boxes = clamp.draw_boxes(torch.zeros(50, 3, height, width), (1.0, 1.0))
+        boxes = clamp.random_boxes(torch.zeros(50, 3, height, width), (1.0, 1.0))
         assert (boxes.T == torch.tensor(box)).all()
 
 
 def test_views_equal_torchvision_given_the_same_parameters():
     """Draws again, in the order of the steps, what the augmentation drew for 5 views of 30."""
     augment, n = clamp.MultiViewAugment(40, 5, blur_p=[1.0, 0.3, 0.0], solarize_p=[0.0, 0.6]), 150
-    x = pictures(n, 16, 16)
+    x = (pictures(n, 16, 16) * 255).byte()
     torch.manual_seed(0)
-    views = augment.photometric(x)
+    views = augment(x.unflatten(0, (5, 30)).transpose(0, 1)).flatten(0, 1)  # as from files
     torch.manual_seed(0)
     flip, jitter, order = torch.rand(n) < 0.5, torch.rand(n) < 0.8, torch.randperm(4).tolist()
     changes = {j: torch.empty(n).uniform_(-1, 1) * augment.jitter[j] for j in order}
-    gray, sigma = torch.rand(n) < 0.2, torch.empty(n).uniform_(0.1, 2.0)
+    gray = torch.rand(n) < 0.2
     blur = (torch.rand(5, 30) < torch.tensor([[1], [0.3], [0], [1], [0.3]])).flatten()
+    sigma = torch.empty(n).uniform_(0.1, 2.0)
     solarize = (torch.rand(5, 30) < torch.tensor([[0], [0.6], [0], [0.6], [0]])).flatten()
     adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
     for i in range(n):
-        y = TF.hflip(x[i]) if flip[i] else x[i]
+        y = (TF.hflip(x[i]) if flip[i] else x[i]) / 255
         for j in order if jitter[i] else []:
             y = adjust[j](y, changes[j][i].item() + (j < 3))
         y = TF.rgb_to_grayscale(y, 3) if gray[i] else y
         y = TF.gaussian_blur(y, 5, sigma[i].item()) if blur[i] else y
         y = TF.solarize(y, 0.5) if solarize[i] else y
         # rounding may put a pixel on either side of the threshold of solarising
-        different = (views[i] - TF.normalize(y, clamp.MEAN, clamp.STD)).abs() > 1e-4
+        different = (views[i] - TF.normalize(y, MEAN, STD)).abs() > 1e-4
         assert different.float().mean() < (0.01 if solarize[i] else 1e-9)
 
 
-def test_every_view_of_every_image_is_its_own():
+class Inverted(clamp.MultiViewAugment):
+    def photometric(self, x):
+        assert x.shape == (6, 3, 32, 32) and 0 <= x.min() < x.max() <= 1
+        return 1 - x
+
+
+def test_every_view_is_its_own_and_own_colours_keep_flip_and_normalisation():
     images = (pictures(5, 32, 32)[[2, 3, 3]] * 255).byte()
     torch.manual_seed(0)
     views = clamp.MultiViewAugment(24, 5, (1, 0.08))(images)
     assert views.shape == (5, 3, 3, 24, 24) and views.dtype == torch.float32
     assert torch.pdist(views.flatten(0, 1).flatten(1)).min() > 0.1
     plain = clamp.MultiViewAugment(32, 2, (1, 1), 0, jitter_p=0, gray_p=0, blur_p=[0])(images)
-    expected = TF.normalize(images / 255, clamp.MEAN, clamp.STD)
+    expected = TF.normalize(images / 255, MEAN, STD)
     torch.testing.assert_close(plain, expected.expand(2, 3, 3, 32, 32))
+    expected = TF.normalize(1 - images.flip(3) / 255, MEAN, STD)
+    inverted = Inverted(32, 2, (1, 1), flip_p=1)(images)
+    torch.testing.assert_close(inverted, expected.expand(2, 3, 3, 32, 32))
 
 
 # -------- network, optimiser
 
 
-@pytest.mark.parametrize("arch, features", [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize("arch, features, blocks", [("resnet18", 512, 8), ("resnet50", 2048, 16)])
 @pytest.mark.parametrize("stem, left", [("imagenet", 1), ("cifar", 5)])
-def test_backbone_has_torchvisions_keys_outputs_and_gradients(arch, features, stem, left):
+def test_backbone_is_torchvisions(arch, features, blocks, stem, left):
     backbone, theirs = clamp.build_backbone(arch, stem), getattr(torchvision.models, arch)()
     assert backbone.state_dict().keys() == {k for k in theirs.state_dict() if k[:3] != "fc."}
-    assert backbone.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, features)
-    backbone.avgpool = nn.Identity()
-    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, features * left**2)
+    zero = [p for p in clamp.build_backbone(arch, stem, zero_init=True).parameters() if not p.any()]
+    plain = [p for p in backbone.parameters() if not p.any()]  # the biases
+    x, theirs.fc = torch.randn(2, 3, 32, 32), nn.Identity()
+    assert len(zero) - len(plain) == blocks
     if stem == "imagenet":
-        backbone.avgpool, theirs.fc = theirs.avgpool, nn.Identity()
         theirs.load_state_dict(backbone.state_dict())
-        for size in ((32, 32), (40, 16), (16, 40)):  # layer3: maps of 2 x 2, 3 x 1 and 1 x 3
-            x = torch.randn(8, 3, *size, dtype=torch.float64)
-            ours, expected = (network.double().train()(x) for network in (backbone, theirs))
-            (ours.square().sum() - expected.square().sum()).backward()
-            torch.testing.assert_close(ours, expected)
-        for p, q in zip(backbone.parameters(), theirs.parameters()):
-            torch.testing.assert_close(p.grad, -q.grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(backbone(x), theirs(x))
+    assert backbone.eval()(x).shape == (2, features) == (2, backbone.num_features)
+    backbone.avgpool = nn.Identity()
+    assert backbone(x).shape == (2, features * left**2)
+
+
+def test_embeddings_are_the_projectors_in_float32():
+    network, formats = clamp.build_network(clamp.parse_args(["--projector", "7", "5"])).eval(), []
+    x, (w, b, w2, b2) = torch.randn(2, 3, 32, 32), network.projector.parameters()
+    z = (network.backbone(x) @ w.T + b).relu() @ w2.T + b2
+    torch.testing.assert_close(clamp.embed(network, x, torch.float32), z)
+    network.register_forward_hook(lambda _, x, z: formats.append(
+        (x[0].is_contiguous(memory_format=torch.channels_last), z.dtype)))
+    half = clamp.embed(network, x, torch.bfloat16)
+    assert half.dtype == torch.float32 and formats == [(True, torch.bfloat16)]
+    torch.testing.assert_close(half, z, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("eta", [0.1, 0])
 def test_lars_by_hand(eta):
     torch.manual_seed(0)
-    expected = [torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2)]  # weight, bias, zero weight
-    params = [nn.Parameter(p.clone()) for p in expected]
-    optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.9)
-    velocity = [0, 0, 0]
+    expected = [torch.randn(4, 3), torch.randn(4), torch.zeros(2, 2), torch.randn(3, 2)]
+    params, unused = [nn.Parameter(p.clone()) for p in expected], nn.Parameter(torch.ones(2, 2))
+    optimizer = clamp.LARS([*params, unused], lr=0.5, momentum=0.9, weight_decay=0.01, eta=eta)
+    velocity = [0, 0, 0, 0]  # of a weight, a bias, a zero weight, and one whose gradient is zero
     for _ in range(3):
         for k, p in enumerate(expected):
-            params[k].grad = g = torch.randn_like(p)
+            params[k].grad = g = torch.randn_like(p) * (k < 3)
             if p.ndim > 1:
-                scale = eta * p.norm() / (g.norm() + 0.01 * p.norm()) if eta and p.any() else 1
-                g = scale * (g + 0.01 * p)
+                scale = eta * p.norm() / (g.norm() + 0.01 * p.norm())
+                g = (scale if eta and p.any() and g.any() else 1) * (g + 0.01 * p)
             velocity[k] = 0.9 * velocity[k] + g
             expected[k] = p - 0.5 * velocity[k]
-        clamp.lars(optimizer, eta, weight_decay=0.01)
         optimizer.step()
         torch.testing.assert_close([p.detach() for p in params], expected)
+    assert (unused == 1).all()
 
 
 def test_schedule():
@@ -284,8 +321,8 @@ def test_schedule():
 
 
 def test_patterns_are_balanced_seeded_disjoint_grey_and_not_told_by_pixels():
-    (x, y), (again, _), (test_x, test_y) = (
-        clamp.load_data("patterns", split) for split in ("train", "train", "test"))
+    (x, y), (again, _), (test_x, test_y) = ((data.images, data.labels) for data in (
+        clamp.load_data("patterns", split) for split in ("train", "train", "test")))
     assert x.dtype == torch.uint8 and x.shape == (5000, 3, 32, 32) and torch.equal(x, again)
     assert (x == x[:, :1]).all() and max(y.bincount()) - min(y.bincount()) <= 1
     rows, test_rows = ({image.numpy().tobytes() for image in i} for i in (x, test_x))
@@ -306,48 +343,147 @@ def write_pictures(folder, n, sizes=((32, 32),), seed=0):
         picture.save(folder / f"{k:03}.{'png' if k % 2 else 'jpg'}")
 
 
-def test_folders(tmp_path):
-    for part in ("train", "val"):
-        for k, name in enumerate(("ant", "bee", "cat")):
-            write_pictures(tmp_path / "small" / part / name, 4, seed=100 * k)
-    images, labels = clamp.load_data(str(tmp_path / "small"), "train")
-    assert images.shape == (12, 3, 32, 32) and images.dtype == torch.uint8
-    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    bee = Image.open(tmp_path / "small/train/bee/001.png")
-    assert torch.equal(images[5], TF.pil_to_tensor(bee))
-    assert clamp.load_data(str(tmp_path / "small"), "test")[1].tolist() == labels.tolist()
-    few, few_labels = clamp.load_data(str(tmp_path / "small"), "train", limit=5, seed=3)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))[:5]
-    assert torch.equal(few, images[order]) and torch.equal(few_labels, labels[order])
+def touch(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    return str(file)
 
-    write_pictures(tmp_path / "flat" / "nested", 4, ((40, 50), (70, 30)))
-    images, labels = clamp.load_data(str(tmp_path / "flat"), "train")
-    assert [Path(f).name for f in images] == ["000.jpg", "001.png", "002.jpg", "003.png"]
-    assert (labels == -1).all()
+
+@pytest.mark.parametrize("names", [
+    "a/1:0 a/2.JPG:0 a/notes.txt b/1:1 b/deep/er/1.webp:1 c/1:2",
+    "train/a/1:0 train/b/1:1 test/a/1:t0 test/b/1:t1 c/1 2",
+    "train/a/1:0 train/b/1:1 val/a/1:t0 test/1", "train/a/1:0 train/b/1:1 val/a/1 test/b/1:t1",
+    "a/1:0 b/1:1 val/a/1:t0", "a/1:0 b/1:1 3:-1", "1:-1 2:-1", "train/1:-1 train/2:-1 test/1",
+    "a/1:-1 a/2:-1", "train/a/1:-1 test/a/1",
+    "a/1:0 b/1:1 a/.2 a/._1.png .c/1 a/.thumbnails/1 __MACOSX/a/1 run/views run/checkpoint.pt",
+])
+def test_folders(names, tmp_path):
+    """A name is followed by its label, with t if it is a test image, or by nothing if left out."""
+    expected = {"train": [], "test": []}
+    for name, _, label in (name.partition(":") for name in names.split()):
+        file = touch(tmp_path / (name if "." in name[-5:] else f"{name}.png"))
+        if label:
+            expected["test" if label[0] == "t" else "train"].append((file, int(label.strip("t"))))
+    for split, pairs in expected.items():
+        data = clamp.list_images(tmp_path, split)
+        assert sorted(zip(data.files.tolist(), data.labels.tolist())) == sorted(pairs)
+
+
+def test_links_are_followed_once_and_unknown_classes_are_refused(tmp_path):
+    files = [touch(tmp_path / name) for name in ("train/ant/1.png", "train/bee/2.png")]
+    touch(tmp_path / "elsewhere/3.png")
+    (tmp_path / "train/bee/around").symlink_to(tmp_path / "train")
+    (tmp_path / "train/cat").symlink_to(tmp_path / "elsewhere")
+    data = clamp.list_images(tmp_path, "train")
+    assert data.files.tolist() == [*files, str(tmp_path / "train/cat/3.png")]
+    assert data.labels.tolist() == [0, 1, 2]
+    touch(tmp_path / "test/Bee/1.png")
+    with pytest.raises(clamp.UserError, match=f"{tmp_path}: no training images of Bee$"):
+        clamp.load_data(str(tmp_path), "test")
+
+
+def test_images_of_nearly_one_size_are_kept_in_memory(tmp_path):
+    write_pictures(tmp_path / "one/ant", 12), write_pictures(tmp_path / "one/bee", 18, seed=1)
+    for name, width, height in (("005", 36, 32), ("007", 32, 40)):
+        Image.effect_noise((width, height), 90).save(tmp_path / f"one/ant/{name}.png")
+    data = clamp.load_data(str(tmp_path / "one"), "train")
+    assert data.images.shape == (30, 3, 32, 32) and data.images.dtype == torch.uint8
+    assert data.labels.tolist() == [0] * 12 + [1] * 18
+    for file, image in zip(data.files, data.images):  # of the others, the middle is taken
+        x = TF.pil_to_tensor(Image.open(file).convert("RGB"))
+        assert torch.equal(image, TF.center_crop(x, [32, 32]))
+    few = clamp.load_data(str(tmp_path / "one"), "train", limit=5, seed=3)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(3))[:5]
+    assert torch.equal(few.images, data.images[order]) and few.labels.equal(data.labels[order])
+    for k, sizes in enumerate((((32, 32), (40, 50)), ((32, 257),))):
+        write_pictures(tmp_path / str(k), 2, sizes)
+        assert clamp.load_data(str(tmp_path / str(k)), "train").images is None
+
+
+def test_pictures_are_read_upright_in_rgb_and_on_mid_grey(tmp_path):
+    torch.manual_seed(0)
+    noise, exif = TF.to_pil_image(torch.rand(4, 12, 16)), Image.Exif()
+
+    def read(name, mode, **options):
+        """What read_image makes of a picture of this mode, and what Pillow makes of it."""
+        noise.convert("RGB" if mode in ("P", "CMYK") else mode).convert(mode).save(
+            tmp_path / name, **options)
+        picture = Image.open(tmp_path / name)
+        assert picture.mode == mode
+        return clamp.read_image(tmp_path / name), picture
+
+    for name, mode in (("1.jpg", "CMYK"), ("1.tif", "CMYK"), ("1.png", "1"), ("1.jpg", "L"),
+                       ("1.png", "P"), ("1.bmp", "P"), ("1.webp", "RGB")):
+        ours, picture = read(name, mode)
+        assert torch.equal(ours, TF.pil_to_tensor(picture.convert("RGB")))
+    for orientation, turn in enumerate((None, 0, 3, 1, 5, 4, 6, 2), 1):  # Image.Transpose
+        exif[0x0112] = orientation
+        ours, picture = read("2.png", "RGB", exif=exif)
+        picture = picture if turn is None else picture.transpose(turn)
+        assert torch.equal(ours, TF.pil_to_tensor(picture))
+    for mode, options in (("RGBA", {}), ("LA", {}), ("P", dict(transparency=bytes(range(256))))):
+        ours, picture = read("3.png", mode, **options)
+        *color, alpha = TF.pil_to_tensor(picture.convert("RGBA")).double()
+        expected = 128 + (torch.stack(color) - 128) * alpha / 255
+        assert alpha.std() > 50 and (ours - expected).abs().max() <= 1
+
+
+def test_files_that_cannot_be_read_are_refused_with_the_reason(tmp_path, monkeypatch):
+    Image.fromarray(np.full((4, 4), 300, "uint16")).save(tmp_path / "deep.png")
+    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
+    (tmp_path / "folder.png").mkdir(), (tmp_path / "text.png").write_text("<html>")
+    for name, reason in (("deep.png", "more than 8 bits a channel; convert it to 8 bits"),
+                         ("float.tif", "more than 8 bits a channel; convert it to 8 bits"),
+                         ("missing.png", "No such file or directory"),
+                         ("folder.png", "Is a directory"), ("text.png", "cannot identify image")):
+        with pytest.raises(clamp.UserError, match=f"^{tmp_path / name}: {reason}"):
+            clamp.read_image(tmp_path / name)
+    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=PermissionError(13, "Not allowed")))
+    with pytest.raises(clamp.UserError, match="text.png: Not allowed$"):
+        clamp.read_image(tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("sizes", [((32, 32),), ((40, 50), (70, 30))])
-def test_a_broken_picture_is_named(sizes, tmp_path, capfd):
-    write_pictures(tmp_path / "ant", 32, sizes)
-    file = tmp_path / "ant/002.jpg"
-    file.write_bytes(file.read_bytes()[:400])
-    line = refusal(capfd, clamp, *TINY, "--data", tmp_path, "--out", tmp_path / "run")
-    assert "ant/002.jpg: cannot be decoded" in line and line.endswith("; remove it")
+def test_broken_pictures_are_left_out_and_named_once(sizes, tmp_path, capfd):
+    """Whether pictures are kept in memory or streamed."""
+    for k, name in enumerate(("ant", "bee")):
+        write_pictures(tmp_path / "data" / name, 24, sizes, seed=k)
+    broken = [tmp_path / "data" / name for name in ("ant/000.jpg", "bee/007.png", "bee/023.png")]
+    for file, content in zip(broken, (broken[0].read_bytes()[:400], b"", b"<html>")):
+        file.write_bytes(content)
+    flags = ["--data", tmp_path / "data", "--batch-size", "15", "--out", tmp_path / "run"]
+    train_once(tmp_path / "run", *flags)
+    printed, log = capfd.readouterr().out, read_log(tmp_path / "run")
+    assert f": {45 if len(sizes) == 1 else 48} images of 2 known classes" in printed
+    assert printed.count("unreadable: ") == 3 and all(printed.count(f"{x}: ") == 1 for x in broken)
+    assert [record["unreadable"] for record in log] == [3, 3, 3]
+    line = refusal(capfd, eval_linear, tmp_path / "run", backbone=tiny_network().backbone)
+    assert line.endswith("3 images cannot be read, all named above; repair or remove them")
+    for file in (tmp_path / "data").rglob("*.*"):
+        file.write_bytes(b"")
+    line = refusal(capfd, clamp, *TINY, *flags, "--out", tmp_path / "other")
+    assert line.endswith(" and other images cannot be read")
 
 
-def test_streamed_views_come_from_the_right_picture(tmp_path):
-    for k, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
-        Image.new("RGB", (50 + 10 * k, 40), color).save(tmp_path / f"{k}.png")
-    images, _ = clamp.load_data(str(tmp_path), "train")
+def test_streamed_views_come_from_the_right_picture_with_any_workers(tmp_path):
+    for k, color in enumerate(torch.eye(3)):
+        x = color.view(3, 1, 1) * (1 + torch.rand(40, 50 + 10 * k)) / 2
+        TF.to_pil_image(x).save(tmp_path / f"{k}.png")
+    (tmp_path / "3.png").touch()  # broken: 0.png takes its place
     augment = clamp.MultiViewAugment(16, 3, (1, 0.08), jitter_p=0, gray_p=0, blur_p=[0.0])
-    batches = torch.tensor([[2, 0], [1, 2]])
-    for workers in (0, 2):
-        crops = list(clamp.image_batches(images, batches, augment.crop, CPU, workers))
-        for rows, x in zip(batches, map(augment, crops)):
+    batches, runs = torch.tensor([[2, 0], [1, 3]]), []
+    for workers, step in ((0, 0), (2, 0), (0, 1)):  # the last begins with the second batch
+        data = clamp.load_data(str(tmp_path), "train")
+        stream = clamp.image_batches(data, batches[step:], augment.crop, CPU, workers, 5, step)
+        runs.append(torch.stack(list(stream)))
+        for rows, x in zip(batches[step:] % 3, map(augment, runs[-1])):
             assert x.shape == (3, 2, 3, 16, 16)
             assert (x.mean((3, 4)).argmax(2) == rows).all()
+        assert len(data.unreadable) == 1
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0][1:], runs[2])
+    assert not torch.equal(runs[0][0, 0, 0], runs[0][0, 0, 1])  # views of an image differ
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    features = clamp.extract_features(network, images, torch.arange(3), 16, CPU, torch.float32)
+    features = clamp.extract_features(network, data, torch.arange(3), 16, CPU, torch.float32)
     assert features.argmax(1).tolist() == [0, 1, 2]
 
 
@@ -373,20 +509,20 @@ def fit_options(*flags):
     args = eval_linear.parse_args(["run", "--batch-size", "20", *flags])
     options = dict(size=8, device=CPU, dtype=torch.float32, workers=0)
     torch.manual_seed(0)
-    images, labels = (255 * torch.rand(50, 3, 8, 8)).byte(), torch.arange(50) % 4
+    data = clamp.Data((255 * torch.rand(60, 3, 8, 8)).byte(), torch.arange(60) % 4)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 5, bias=False))
-    split = eval_linear.make_split(images, labels, backbone, options)
+    split = eval_linear.make_split(data, torch.randperm(60)[:50], backbone, options)
     return split, dict(classes=4, backbone=backbone, args=args, options=options)
 
 
 def torch_logits(network, rates, x, labels, epochs):
     """Logits of x by a network that torch's SGD has trained on the batches of
-    eval_linear.batches(), with a learning rate for each layer."""
+    clamp.draw_batches(), with a learning rate for each layer."""
     groups = [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(network, rates)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * epochs)
     for epoch in range(epochs):
-        order = torch.randperm(50, generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(50, generator=torch.Generator().manual_seed(hash((0, epoch))))
         for rows in order[:40].view(2, 20):
             optimizer.zero_grad()
             F.cross_entropy(network(x[rows]), labels[rows]).backward()
@@ -413,38 +549,90 @@ def test_finetuning_equals_torch_with_a_slower_backbone(dtype, tolerance, monkey
     monkeypatch.setattr(clamp.MultiViewAugment, "__call__",
                         lambda _, images: clamp.normalize(images / 255)[None])
     torch.manual_seed(1)
-    with torch.no_grad():  # as in evaluate()
-        ours, = eval_linear.finetune(split, split, [0.4], **options)
+    ours, = eval_linear.finetune(split, split, [0.4], **options)
     torch.manual_seed(1)
-    network = nn.Sequential(options["backbone"][1], nn.Linear(5, 4)).requires_grad_()
-    x = TF.normalize(split.images / 255, clamp.MEAN, clamp.STD).flatten(1)
+    network = nn.Sequential(options["backbone"][1], nn.Linear(5, 4))
+    x = TF.normalize(split.data.images[split.rows] / 255, MEAN, STD).flatten(1)
     expected = torch_logits(network, [0.05 * 0.4, 0.4], x, split.labels, epochs=3)
     torch.testing.assert_close(ours, expected, rtol=10 * tolerance, atol=tolerance)
 
 
 def test_labels_by_fraction_and_by_list(tmp_path):
-    labels = torch.tensor([0] * 40 + [1] * 80 + [3] * 3)
+    labels, expected = torch.tensor([0] * 40 + [1] * 80 + [3] * 3), []
     files = np.array([f"{k}/{i:03}.jpg" for i, k in enumerate(labels.tolist())])
-    rows = eval_linear.labelled_rows(files, labels, 0.1, seed=0)
-    assert labels[rows].bincount().tolist() == [4, 8, 0, 1] and len(set(rows.tolist())) == 13
-    assert not torch.equal(rows, eval_linear.labelled_rows(files, labels, 0.1, seed=1))
+    data, rows, left = clamp.Data(None, labels, files), torch.randperm(123), {0: 4, 1: 8, 3: 1}
+    assert torch.equal(eval_linear.choose_rows(data, rows, None), rows)
+    for row in rows.tolist():
+        left[labels[row].item()] -= 1
+        expected += [row] if left[labels[row].item()] >= 0 else []
+    assert eval_linear.choose_rows(data, rows, 0.1).tolist() == expected
     (tmp_path / "list").write_text("002.jpg\n100.jpg\n")
-    assert eval_linear.labelled_rows(files, labels, str(tmp_path / "list"), 0).tolist() == [2, 100]
-    with pytest.raises(clamp.UserError, match="its 2 names fit 0 training files"):
-        eval_linear.labelled_rows(files[:2], labels, str(tmp_path / "list"), 0)
+    listed = eval_linear.choose_rows(data, rows, str(tmp_path / "list")).tolist()
+    assert listed == [row for row in rows.tolist() if row in (2, 100)]
+    for few, names in ((rows[rows > 2], 1), (rows[rows > 100], 0)):
+        with pytest.raises(clamp.UserError, match=f"its 2 names fit {names} training files"):
+            eval_linear.choose_rows(data, few, str(tmp_path / "list"))
+
+
+def test_without_labels_features_and_neighbours_are_written(tmp_path):
+    images = (pictures(20, 64, 64) * 255).byte()
+    for k, image in enumerate(images):
+        TF.to_pil_image(image).save(touch(tmp_path / f"flat/{k:02}.png"))
+    torch.manual_seed(0)
+    untrained, backbone = (clamp.build_backbone("resnet18").eval() for _ in range(2))
+    torch.save({"epoch": 4, "settings": vars(clamp.parse_args(["--data", str(tmp_path / "flat")])),
+                "backbone": backbone.state_dict()}, tmp_path / "backbone.pt")
+    flags = [str(tmp_path / "backbone.pt"), "--workers", "0", "--amp", "off"]
+    assert eval_linear.evaluate(eval_linear.parse_args(flags)) is None
+    saved, x = torch.load(tmp_path / "features.pt"), TF.normalize(images / 255, MEAN, STD)
+    with torch.no_grad():
+        features, others = backbone(x), untrained(x)
+    assert saved["files"] == [f"{tmp_path}/flat/{k:02}.png" for k in range(20)]
+    torch.testing.assert_close(saved["features"], features, rtol=1e-4, atol=1e-4)
+    picture = (tmp_path / "neighbours.png").read_bytes()
+    tiles = TF.pil_to_tensor(Image.open(tmp_path / "neighbours.png")).unfold(1, 66, 66)
+    tiles = tiles.unfold(2, 66, 66)[..., 2:, 2:].permute(1, 2, 0, 3, 4)
+    assert tiles.shape[:2] == (12, 19)
+    for row in tiles:
+        (image,), *shown = ([k for k in range(20) if images[k].equal(tile)] for tile in row)
+        cosine = [F.cosine_similarity(x, x[[image]]) for x in (features, others)]
+        near, near_untrained = ([[k] for k in c.argsort(descending=True).tolist() if k != image][:8]
+                                for c in cosine)
+        assert shown == [[], *near, [], *near_untrained]
+    assert eval_linear.evaluate(eval_linear.parse_args([*flags, "--random-init"])) is None
+    assert (tmp_path / "neighbours.png").read_bytes() == picture
+
+
+def test_without_test_images_a_fifth_is_held_out(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data", 3)  # without labels
+    for k, name in enumerate(("ant", "bee")):
+        write_pictures(tmp_path / "data" / name, 20, seed=k)
+    train_once(tmp_path / "run", "--data", tmp_path / "data")
+    spy = mock.Mock(wraps=eval_linear.make_split)
+    monkeypatch.setattr(eval_linear, "make_split", spy)
+    for flags in ([], ["--random-init"]):
+        args = [str(tmp_path / "run"), "--batch-size", "16", "--epochs", "1", *flags]
+        result = eval_linear.evaluate(eval_linear.parse_args(args), tiny_network().backbone)
+        assert [result[x] for x in ("n_train", "n_test", "epoch", "epochs")] == [32, 8, 3, 3]
+    test, train, floor_test, floor_train = (call.args[1].tolist() for call in spy.mock_calls)
+    assert sorted(test + train) == list(range(3, 43)) and len(test) == 8
+    assert floor_test == test and floor_train == train
 
 
 # -------- training
 
 
-def train_once(out, *flags, loss_fn=None):
-    clamp.train(clamp.parse_args([*TINY, "--out", str(out), *flags]), loss_fn, tiny_network())
+def train_once(out, *flags, **parts):
+    args = clamp.parse_args([*TINY, "--out", str(out), *map(str, flags)])
+    clamp.train(args, **{"network": tiny_network(), **parts})
 
 
 def read_log(folder):
     """The lines of log.jsonl, without the time they took."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert all(record.pop("seconds") >= 0 for record in records)
+    for record in records:
+        views = record.pop("seconds") * record.pop("views_per_second")
+        assert views == pytest.approx(round(views)) and views > 0
     return records
 
 
@@ -474,6 +662,20 @@ def train_share(out):
     clamp.command_line(lambda: clamp.train(args, network=network, augment=FixedViews))
 
 
+def train_differently(out):
+    rank = int(os.environ["RANK"])
+    data = torch.zeros(64 + rank, 3, 32, 32, dtype=torch.uint8), torch.arange(64 + rank)
+    for flags, parts, names in ((["--seed", rank], {}, "seed"),
+                                (["--recipe", "small"], {"data": data}, "number of images")):
+        with pytest.raises(clamp.UserError, match=f"the processes differ in {names}; give all"):
+            train_once(out, *flags, **parts)
+
+
+def test_processes_that_differ_are_all_refused(tmp_path):
+    torchrun(2, "-c", f"import test_clamp; test_clamp.train_differently('{tmp_path}/out')")
+    assert not list(tmp_path.iterdir())
+
+
 def test_three_processes_train_as_one_does(tmp_path):
     train_share(tmp_path / "one")
     torchrun(3, "-c", f"import test_clamp; test_clamp.train_share('{tmp_path}/three')")
@@ -493,17 +695,19 @@ def whole_run(tmp_path_factory):
 def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path):
     whole, parts, photos = (tmp_path / name for name in ("whole", "parts", "photos"))
     write_pictures(photos, 96, ((40, 50), (70, 30)))
-    flags = ["--data", str(photos), "--amp", "fp16"]  # whose scaler has to be continued, too
+    flags = ["--data", photos, "--amp", "fp16"]  # whose scaler has to be continued, too
     train_once(whole, *flags)
     for module, name, call, epoch in (  # an epoch has three steps, and replaces two files
-            (clamp, "packing_loss", 5, 1), (os, "replace", 1, 1), (os, "replace", 2, 1),
-            (os, "replace", 3, 2), (os, "replace", 2, 2)):
+            (clamp, "packing_loss", 2, 0), (os, "replace", 1, 0), (os, "replace", 2, 0),
+            (os, "replace", 3, 1), (os, "replace", 2, 1)):
         effects = [mock.DEFAULT] * (call - 1) + [KeyboardInterrupt]
         with pytest.raises(KeyboardInterrupt), mock.patch.object(
                 module, name, wraps=getattr(module, name), side_effect=effects):
             train_once(parts, *flags)
         assert torch.load(parts / "checkpoint.pt")["epoch"] == epoch
-    train_once(parts, *flags)
+        with pytest.raises(clamp.UserError, match="holds a run with another lr; give another --out"):
+            train_once(parts, *flags, "--lr", 9)
+    train_once(parts, *flags, "--workers", 0)
     assert_same_runs(whole, parts)
 
 
@@ -518,6 +722,27 @@ def test_killed_run_ends_as_the_whole_one(stop, whole_run, tmp_path):
     process.send_signal(stop)
     assert process.wait() == -stop
     train_once(tmp_path)
+    assert_same_runs(whole_run, tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write")])
+def test_full_disk_keeps_the_last_checkpoint(error, whole_run, tmp_path):
+    effects = [mock.DEFAULT] * 3 + [error]  # two files for epoch 0, and one of two for epoch 1
+    with pytest.raises(clamp.UserError, match=f"^{tmp_path}/: cannot be written .*disk full"), \
+            mock.patch.object(torch, "save", wraps=torch.save, side_effect=effects):
+        train_once(tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt")["epoch"] == 0
+    train_once(tmp_path)
+    assert_same_runs(whole_run, tmp_path)
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(whole_run, tmp_path):
+    def optimizer(parameters):  # this run has already found the folder empty
+        train_once(tmp_path)
+        return torch.optim.SGD(parameters, 0.1)
+
+    with pytest.raises(clamp.UserError, match="another run has begun here; give another --out"):
+        train_once(tmp_path, optimizer=optimizer)
     assert_same_runs(whole_run, tmp_path)
 
 
@@ -540,23 +765,57 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
     def loss_fn(z):
         calls.append(1)
         zero = z.square().mean() * (0 if len(calls) == 6 else 1)
-        return zero.sqrt() if gradient else zero / zero * zero, {}  # 0 has no derivative; 0 / 0
+        return zero.sqrt() if gradient else zero / zero * zero  # 0 has no derivative; 0 / 0
 
     for gradient in (True, False):
         calls, out = [], tmp_path / str(gradient)
-        with pytest.raises(clamp.UserError, match="epoch 2: .*not finite; give another --out"):
+        with pytest.raises(clamp.UserError, match="epoch 2: .*not finite; .* another --out"):
             train_once(out, loss_fn=loss_fn)
         assert torch.load(out / "checkpoint.pt")["epoch"] == 1
 
 
-def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_path):
+def test_own_optimizer_is_used_and_continued_and_any_loss_is_described(tmp_path):
+    """Against a loop whose learning rate rises for three of nine steps, and then falls."""
+    def loss_fn(z):
+        seen.append(z.detach().double())
+        if len(seen) == 5:  # in the second epoch
+            raise KeyboardInterrupt
+        return (z - 1).square().mean()
+
+    seen, adam = [], partial(torch.optim.AdamW, lr=0.02)
+    parts = dict(loss_fn=loss_fn, augment=FixedViews, optimizer=adam)
+    with pytest.raises(KeyboardInterrupt):
+        train_once(tmp_path, "--amp", "off", **parts)
+    train_once(tmp_path, "--amp", "off", **parts)
+    network, x = tiny_network(), clamp.load_data("patterns", "train", 96).images
+    optimizer, x = adam(network.parameters()), TF.normalize(x / 255, MEAN, STD)
+    rows = [torch.randperm(96, generator=torch.Generator().manual_seed(hash((0, epoch))))
+            for epoch in range(3)]
+    for step, batch in enumerate(x[torch.stack(rows).view(9, 32)]):
+        z = network(torch.cat([batch, batch.roll(5, 3), batch.flip(3)]))
+        optimizer.zero_grad()
+        (z - 1).square().mean().backward()
+        scale = (step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 6)) / 2
+        optimizer.param_groups[0]["lr"] = 0.02 * scale
+        optimizer.step()
+    saved = torch.load(tmp_path / "checkpoint.pt")["network"]
+    torch.testing.assert_close(saved, network.state_dict(), rtol=1e-4, atol=1e-5)
+    numbers, record = [loop_loss(z)[1] for z in seen[-3:]], read_log(tmp_path)[2]
+    for name in numbers[0]:
+        mean = sum(x[name].item() for x in numbers) / 3
+        assert record[name] == pytest.approx(mean, rel=1e-3)
+
+
+def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_path, capsys):
     """Red and blue pictures are told apart by the features of any network."""
     images, labels = torch.full((80, 3, 32, 32), 40, dtype=torch.uint8), torch.arange(80) % 2
     images[torch.arange(80), 2 * labels] = 200
-    network = tiny_network()
-    args = clamp.parse_args([*TINY])
+    network, small = tiny_network(), [*TINY, "--recipe", "small", "--limit", "70"]
+    args = clamp.parse_args(small)
     args.out, args.lr = tmp_path, np.float64(args.lr)  # as a script may set them
     clamp.train(args, network=network, data=(images, labels))
+    printed = capsys.readouterr().out
+    assert ": 70 images of 2 known classes" in printed and "finished" not in printed
     assert read_log(tmp_path)[2]["knn"] == 100
     few = [str(tmp_path), "--batch-size", "36", "--epochs", "5"]
     for flags in ([], ["--augment"], ["--random-init"]):
@@ -567,20 +826,24 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     assert torch.equal(own[0].weight, network.backbone[0].weight)
     with pytest.raises(clamp.UserError, match="another backbone"):
         eval_linear.load_backbone(tmp_path)
-    with pytest.raises(clamp.UserError, match="another data, network"):
-        clamp.train(clamp.parse_args([*TINY, "--out", str(tmp_path)]))
-    with pytest.raises(clamp.UserError, match="images are torch.float32; give uint8"):
-        clamp.train(clamp.parse_args(["--out", f"{tmp_path}/float"]), data=(images / 255, labels))
+    with pytest.raises(clamp.UserError, match="holds a run with another own"):
+        clamp.train(clamp.parse_args([*small, "--out", str(tmp_path)]))
+    for recipe, x, words in (("small", images / 255, "images are torch.float32; give uint8"),
+                             ("patterns", images, "name a recipe")):
+        with pytest.raises(clamp.UserError, match=words):
+            train_once(tmp_path / "new", "--recipe", recipe, data=(x, labels))
+    assert not (tmp_path / "new").exists()
 
 
 # -------- command line
 
 
 def test_command_line_end_to_end(tmp_path):
-    out = tmp_path / "run"
+    out, written = tmp_path / "run", {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
     train = ["clamp.py", *TINY, "--epochs", "2", "--out", out]
-    assert "writing" in run(*train).stdout
-    assert set(os.listdir(out)) == {"views.png", "log.jsonl", "checkpoint.pt", "backbone.pt"}
+    printed = run(*train).stdout
+    assert "writing" in printed and "finished; next: python eval_linear.py" in printed
+    assert set(os.listdir(out)) == written
     assert Image.open(out / "views.png").size == (2 * 34 + 2, 8 * 34 + 2)
     log = read_log(out)
     assert [line["epoch"] for line in log] == [1, 2]
@@ -592,6 +855,7 @@ def test_command_line_end_to_end(tmp_path):
 
     result = run("eval_linear.py", out, "--epochs", "2").stdout.splitlines()[-1]
     run("eval_linear.py", out / "backbone.pt", "--epochs", "2", "--random-init", "--limit", "500")
+    assert set(os.listdir(out)) == written | {"linear.jsonl", "neighbours.png"}
     written, floor = map(json.loads, (out / "linear.jsonl").read_text().splitlines())
     assert written.pop("settings")["epochs"] == 2 and json.loads(result) == written
     assert floor["settings"]["random_init"] and floor["settings"]["limit"] == 500
@@ -604,11 +868,12 @@ def test_command_line_end_to_end(tmp_path):
 def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
     torchrun(2, "clamp.py", *TINY, "--amp", "off", "--out", tmp_path)
     backbone, _ = eval_linear.load_backbone(tmp_path)  # rank 0's, with its batch norm
-    images, labels = clamp.load_data("patterns", "train", limit=96)
+    data = clamp.load_data("patterns", "train", limit=96)
     torch.manual_seed(0)
+    clamp.build_network(clamp.parse_args(TINY))  # draws its weights first
     order = torch.randperm(96)
-    features = clamp.extract_features(backbone, images, order, 32, CPU, torch.float32)
-    (queries, bank), (y, bank_y) = features.split(48), labels[order].split(48)
+    features = clamp.extract_features(backbone, data, order, 32, CPU, torch.float32)
+    (queries, bank), (y, bank_y) = features.split(48), data.labels[order].split(48)
     log = read_log(tmp_path)
     assert len(log) == 3 and log[2]["knn"] == clamp.knn_accuracy(bank, bank_y, queries, y)
     probe = ["eval_linear.py", tmp_path, "--epochs", "2", "--amp", "off", "--limit", "501"]
@@ -620,11 +885,11 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
     assert json.loads((tmp_path / "linear.jsonl").read_text().splitlines()[3])["n_train"] == 300
 
 
-def refusal(capfd, script, *argv):
+def refusal(capfd, script, *argv, **parts):
     """The one line on stderr with which a script's command line refuses argv, exit status 2."""
     main = clamp.train if script is clamp else eval_linear.evaluate
     with pytest.raises(SystemExit) as stop:
-        clamp.command_line(lambda: main(script.parse_args([*map(str, argv)])))
+        clamp.command_line(lambda: main(script.parse_args([*map(str, argv)]), **parts))
     line, = capfd.readouterr().err.split("\r")[-1].strip().splitlines()
     assert stop.value.code == 2 and "error: " in line
     return line
@@ -639,11 +904,12 @@ def refusal(capfd, script, *argv):
     ("--lr inf", "--lr: inf: give 0.0 or more"),
     ("--radius-scale 0", "--radius-scale: 0: give 0.001 or more"),
     ("--jitter 0 0 2 0", "--jitter: 2: give 0.0 to 1.0"),
-    ("--projector abc", "--projector: invalid number value: 'abc'"),
+    ("--projector abc", "--projector: invalid"),
     ("--projector 64 0", "--projector: 0: give 1 or more"),
-    ("--recipe imagenet1k", "--data imagenet: no folder imagenet; give one, or patterns, cifar10"),
-    ("--data no/such", "--data no/such: no folder no/such; give one, or patterns, cifar10"),
-    ("--data {tmp}/empty", "empty: no pictures in"),
+    ("--recipe imagenet1k", "/imagenet: no images there; give patterns, cifar10, cifar100, or a"),
+    ("--data no/such", "/no/such: no images there; give patterns, cifar10, cifar100, or a folder"),
+    ("--data {tmp}/empty", "--data {tmp}/empty: no images there"),
+    ("--data ''", "--data: give a folder, or patterns, cifar10, cifar100"),
     ("--data cifar10", "--data cifar10: cannot download"),
     ("--device cuda", "no GPU for process 1; start fewer, or use --device cpu"),
     ("--out {tmp}/file", "{tmp}/file"),
@@ -653,33 +919,62 @@ def test_bad_flags_give_one_line_and_write_nothing(flags, words, tmp_path, capfd
     (tmp_path / "empty").mkdir(), (tmp_path / "file").touch()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError, url=""))
-    flags, words = flags.format(tmp=tmp_path).split(), words.format(tmp=tmp_path)
+    flags, words = shlex.split(flags.format(tmp=tmp_path)), words.format(tmp=tmp_path)
     assert words in refusal(capfd, clamp, "--device", "cpu", "--out", tmp_path / "run", *flags)
     assert {path.name for path in tmp_path.rglob("*")} == {"empty", "file"}
 
 
-def test_evaluations_that_do_not_fit_give_one_line(tmp_path, capfd):
-    write_pictures(tmp_path / "flat", 33, ((40, 50), (70, 30)))
-    clamp.save(tmp_path, backbone={"settings": vars(clamp.parse_args([])),
-                                   "backbone": clamp.build_backbone("resnet18").state_dict()})
-    before = sorted(tmp_path.rglob("*"))
+def test_evaluations_that_do_not_fit_give_one_line(whole_run, capfd):
+    before = sorted(whole_run.rglob("*"))
     for argv, words in (
-            ([tmp_path / "flat" / "001.png"], "001.png: missing, damaged"),
-            ([tmp_path, "--data", tmp_path / "flat"], "has no labels; evaluation needs train/"),
-            ([tmp_path, "--labels", "2"], "--labels: 2: give 1e-06 to 1.0"),
-            ([tmp_path, "--labels", "nosuch"], "--labels: invalid fraction_or_existing_file value"),
-            ([tmp_path, "--limit", "200"], "--batch-size 256: must be at most 180, the images to"),
-            ([tmp_path, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
-        assert words in refusal(capfd, eval_linear, *argv)
-    assert sorted(tmp_path.rglob("*")) == before
+            ([whole_run / "log.jsonl"], "log.jsonl: missing, damaged"),
+            ([whole_run, "--labels", "2"], "--labels: 2: give 1e-06 to 1.0"),
+            ([whole_run, "--labels", "no"], "--labels: invalid fraction_or_existing_file value"),
+            ([whole_run, "--limit", "200"], "--batch-size 256: must be at most 180, the images to"),
+            ([whole_run, "--lr", "-1"], "--lr: -1: give 0.0 or more")):
+        assert words in refusal(capfd, eval_linear, *argv, backbone=tiny_network().backbone)
+    assert sorted(whole_run.rglob("*")) == before
 
 
-def test_recipes_change_the_published_defaults_and_help_shows_them():
-    published = vars(clamp.parse_args(["--recipe", "cifar10-published"]))
-    assert published == published | dict(data="cifar10", radius_scale=7.0, views=16, batch_size=128,
-                                         epochs=1000, lr=0.1, stem="cifar", projector=[2048, 256])
+class Killed(clamp.MultiViewAugment):
+    def crop(self, image):
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does if memory is short
+
+
+def test_too_little_memory_gives_one_line(tmp_path, capfd, monkeypatch):
+    write_pictures(tmp_path / "data", 32, ((40, 50), (70, 30)))
+    flags = [*TINY, "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    parts = dict(network=tiny_network(), augment=Killed)
+    assert "give --workers 0, or enlarge /dev/shm" in refusal(capfd, clamp, *flags, **parts)
+    for error, words in ((MemoryError(), "out of memory; lower --batch-size or --size"),
+                         (RuntimeError("unable to open shared memory object"), "--workers 0")):
+        monkeypatch.setattr(clamp, "train", mock.Mock(side_effect=error))
+        assert words in refusal(capfd, clamp)
+    with pytest.raises(RuntimeError, match="a mistake"):  # of this code, keeps its traceback
+        clamp.command_line(mock.Mock(side_effect=RuntimeError("a mistake")))
+
+
+def test_recipes_set_all_defaults_and_help_shows_them():
+    for recipe, expected in {
+            "cifar10-published": dict(data="cifar10", radius_scale=7.0, views=16, batch_size=128,
+                                      epochs=1000, lr=0.1, stem="cifar", projector=[2048, 256]),
+            "imagenet100": dict(arch="resnet50", epochs=200, lr=2.0, radius_scale=8.5, views=4),
+            "imagenet1k": dict(epochs=100, lr=1.1, batch_size=512, projector=[8192, 8192, 512],
+                               blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2], max_reach=1.5, eta=1e-3,
+                               warmup_epochs=10.0, weight_decay=1e-6, jitter=[0.4, 0.4, 0.2, 0.1])
+            }.items():
+        published = vars(clamp.parse_args(["--recipe", recipe]))
+        assert published == published | expected
+    for recipe in clamp.RECIPES:
+        args = vars(clamp.parse_args(["--recipe", recipe]))
+        assert {name for name in args if args[name] is None} == {"limit", "compile"}
+    for data, recipe in (("patterns", "patterns"), ("cifar10", "small"), ("cifar100", "small"),
+                         ("./patterns", "photos"), ("my/cifar10", "photos"), ("/a", "photos")):
+        args = clamp.parse_args(["--data", data])
+        assert args.recipe == recipe and args.out == f"runs/{data.split('/')[-1]}"
+        assert args.data == (data if recipe != "photos" else os.path.abspath(data))
+    own = clamp.parse_args(shlex.split("--data photos --lr 1 --epochs 2 --crop-scale 1 .2"))
+    assert (own.size, own.lr, own.warmup_epochs, own.crop_scale) == (64, 1, 2 / 3, [0.2, 1])
     assert clamp.parse_args([]).recipe == "patterns"
-    own = clamp.parse_args(["--data", "photos", "--lr", "1", "--epochs", "2"])
-    assert (own.recipe, own.max_reach, own.lr, own.warmup_epochs) == ("small", 1.2, 1, 2 / 3)
     shown = " ".join(run("clamp.py", "--recipe", "imagenet1k", "--help").stdout.split())
     assert "(default: 8.5)" in shown and "(default: 1.1)" in shown

@@ -35,7 +35,7 @@ def broadcast_loss(z, radius_scale=7.0):
     distance = (centers[:, None] - centers + self_pair[..., None]).norm(dim=2)
     reach = (radii[:, None] + radii).clamp(max=1.5)
     near = (distance > 1e-3) & (distance < reach) & (self_pair == 0)
-    return ((1 - distance / reach).where(near, 0).square().sum() / 2 + 1e-6).log(), {}
+    return ((1 - distance / reach).where(near, 0).square().sum() / 2 + 1e-6).log()
 
 
 def seconds(function, device, repeats=3):
@@ -73,16 +73,17 @@ def loss_step(loss_fn, b, d, device):
     """A function that computes a loss of 4 views of b images and its gradient."""
     torch.manual_seed(0)
     z = (torch.randn(b, d) + 0.7 * torch.randn(4, b, d)).to(device).requires_grad_()
-    return lambda: loss_fn(z)[0].backward()
+    return lambda: loss_fn(z).backward()
 
 
 def usual_transform(size, blur_kernel):
-    """The augmentation as torchvision's transforms, one picture at a time."""
+    """The augmentation as torchvision's transforms, one image at a time."""
     return v2.Compose([
         v2.RandomResizedCrop(size, (0.08, 1.0)), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(*JITTER)], 0.8), v2.RandomGrayscale(0.2),
         v2.RandomApply([v2.GaussianBlur(blur_kernel, (0.1, 2.0))], 0.5),
-        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(clamp.MEAN, clamp.STD)])
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
 
 class UsualFolder(torch.utils.data.Dataset):
@@ -122,14 +123,10 @@ def training_step(args, device, repeats=5):
             return sorted(b - a for a, b in zip(stamps[2:], stamps[3:]))[repeats // 2]
 
 
-def network_step(args, device, plain=False):
-    """A function: forward and backward of backbone and projector alone on a batch at hand. plain:
-    with torch's own convolutions."""
-    network = clamp.build_network(args).to(device, memory_format=torch.channels_last)
-    for module in network.modules():
-        if plain and isinstance(module, torch.nn.Conv2d):
-            module.__class__ = torch.nn.Conv2d
-    views = torch.randn(args.views, args.batch_size, 3, args.size, args.size, device=device)
+def network_step(args, device):
+    """A function: forward and backward of backbone and projector alone on a batch at hand."""
+    network = clamp.place(clamp.build_network(args), device)
+    views = torch.randn(args.views * args.batch_size, 3, args.size, args.size, device=device)
     _, dtype = clamp.start_processes(args)
     return lambda: clamp.embed(network, views, dtype).square().sum().backward()
 
@@ -154,36 +151,34 @@ def benchmark(quick=False):
     augment, usual = clamp.MultiViewAugment(32, 2), usual_transform(32, 3)
     ours = seconds(lambda: augment(images), device) / (2 * n)
     theirs = seconds(lambda: [usual(x) for x in images.cpu()], cpu) / n
-    print(f"augmentation: {1 / ours:,.0f} views/s, torchvision picture by picture on the CPU "
+    print(f"augmentation: {1 / ours:,.0f} views/s, torchvision image by image on the CPU "
           f"{1 / theirs:,.0f}: {theirs / ours:.1f} times as fast")
 
     for stem, views in (("imagenet", 2),) if quick else (("cifar", 4), ("imagenet", 8)):
         batch = 4 if quick else 512 if device.type == "cuda" else 32
         args = clamp.parse_args(["--recipe", "cifar10-published", "--data", "patterns", "--stem",
                                  stem, "--views", str(views), "--batch-size", str(batch)])
-        network, plain = (seconds(network_step(args, device, x), device) for x in (False, True))
-        whole = training_step(args, device)
+        network, whole = seconds(network_step(args, device), device), training_step(args, device)
         print(f"training step, ResNet-18, {stem} stem, {views} views of {batch} images: "
               f"{1e3 * whole:.0f} ms, forward and backward of the network alone "
-              f"{1e3 * network:.0f} ms: {whole / network:.2f} times as long; with torch's own "
-              f"convolutions {1e3 * plain:.0f} ms")
+              f"{1e3 * network:.0f} ms: {whole / network:.2f} times as long")
 
     n, size = (8, 32) if quick else (96, 224)
     with tempfile.TemporaryDirectory() as folder:
         for k in range(n):
-            picture = torch.rand(3, 94, 125)[None]
-            picture = F.interpolate(picture, (376, 500), mode="bilinear")[0]
-            torchvision.utils.save_image(picture, f"{folder}/{k}.jpg")
-        pictures, _ = clamp.load_data(folder, "train")
+            image = torch.rand(3, 94, 125)[None]
+            image = F.interpolate(image, (376, 500), mode="bilinear")[0]
+            torchvision.utils.save_image(image, f"{folder}/{k}.jpg")
+        data = clamp.load_data(folder, "train")
         augment = clamp.MultiViewAugment(size, 4)
         batches = torch.arange(n).view(-1, n // 6 if n > 8 else n)
 
         def stream():
-            crops = clamp.image_batches(pictures, batches, augment.crop, device, workers=1)
+            crops = clamp.image_batches(data, batches, augment.crop, device, workers=1)
             return [augment(x) for x in crops]
 
         loader = torch.utils.data.DataLoader(
-            UsualFolder(pictures, 4, usual_transform(size, 23)), 64, num_workers=1)
+            UsualFolder(data.files, 4, usual_transform(size, 23)), 64, num_workers=1)
         ours, theirs = seconds(stream, device), seconds(lambda: list(loader), cpu)
         print(f"streamed photographs, 1 worker, 4 views of {size} px: {4 * n / ours:.0f} views/s, "
               f"each view decoded and transformed in the loader {4 * n / theirs:.0f}: "

@@ -25,7 +25,8 @@ MISSING = "" if hasattr(torch._C, "_ensureCUDADeviceGuardSet") else (
 
 class FakeCuda(FakeTensorMode):
     """While it is on, CUDA tensors have no contents, and CPU tensors are real. It raises if an
-    operation mixes devices, or if the shape of a result depends on contents (a mask as an index).
+    operation mixes devices, if the shape of a result depends on contents (a mask as an index), or
+    if a copy to the CPU is not waited for.
 
     waits: how often each function of this project made the CPU wait for the GPU, by .item(), by
         bool(), or by a copy between the two that is not non_blocking
@@ -54,6 +55,9 @@ class FakeCuda(FakeTensorMode):
             places |= {target} if kwargs.get("device") else set()
             if len(places) > 1 and not (kwargs.get("non_blocking") or args[2:] == (True,)):
                 self.wait()
+            elif len(places) > 1 and (args[0].is_cpu if func is ATEN.copy_.default else
+                                      target == "cpu"):
+                raise RuntimeError("the CPU may read a copy before the GPU has made it")
         elif len({x.device.type for x in tensors if x.ndim}) > 1:  # numbers may be on the CPU
             raise RuntimeError(f"{func} mixes devices")
 
@@ -131,13 +135,15 @@ def fake_gpu(world=1, dtype=torch.bfloat16):
 
     changes = {
         torch.cuda.amp.common: dict(amp_definitely_not_available=lambda: False),
-        torch.cuda: dict(is_available=lambda: False, is_bf16_supported=lambda: True),
+        torch.cuda: dict(is_available=lambda: False, is_bf16_supported=lambda: True,
+                         get_device_name=lambda: "fake GPU", max_memory_allocated=lambda: 0),
         torch.Tensor: dict(backward=backward),
-        dist: dict(all_gather=nothing, all_reduce=nothing),
+        torch.utils: dict(swap_tensors=nothing),  # moves a fake parameter to where it is already
+        dist: dict(all_gather=nothing, all_gather_object=nothing, all_gather_into_tensor=nothing),
         nn.parallel: dict(DistributedDataParallel=with_buckets),
-        nn.SyncBatchNorm: dict(convert_sync_batchnorm=lambda network: network),
         clamp: dict(start_processes=lambda args: (CUDA, dtype), rank_and_world=lambda: (0, world),
-                    save=nothing, save_image=nothing)}
+                    save=nothing, save_image=nothing),
+        eval_linear: dict(save_image=nothing)}
     with contextlib.ExitStack() as stack:
         for place, names in changes.items():
             stack.enter_context(mock.patch.multiple(place, **names))

@@ -31,12 +31,12 @@ def spectrum(features):
 
 
 def class_packing(features, labels, radius_scale, max_reach):
-    """The packing loss's numbers if classes take the place of images, and their images the place
+    """The numbers of the packing if classes take the place of images, and their images the place
     of views: as many of each class as the smallest class has."""
     m = labels.unique(return_counts=True)[1].min()
     classes = torch.stack([features[labels == k][:m] for k in labels.unique()], 1)
-    _, geometry = clamp.packing_loss(classes, radius_scale, max_reach)
-    return {k: v.item() for k, v in geometry.items()}
+    numbers = clamp.packing_numbers(classes, radius_scale, max_reach)
+    return {k: v.item() for k, v in numbers.items()}
 
 
 def measure(args):
@@ -46,11 +46,11 @@ def measure(args):
     backbone, saved = eval_linear.load_backbone(args.run, not args.random_init)
     settings = saved["settings"]
     backbone = backbone.to(device, memory_format=torch.channels_last)
-    images, labels = clamp.load_data(args.data or settings["data"], "test")
-    if labels.min() < 0 or len(labels) <= POWER_LAW[1]:
+    data = clamp.load_data(args.data or settings["data"], "test").to(device)
+    labels = data.labels
+    if len(labels) <= POWER_LAW[1] or labels.min() < 0:
         raise clamp.UserError(f"--data: needs more than {POWER_LAW[1]} test images with labels")
-    images = images.to(device) if torch.is_tensor(images) else images
-    features = clamp.extract_features(backbone, images, torch.arange(len(labels)), settings["size"],
+    features = clamp.extract_features(backbone, data, torch.arange(len(labels)), settings["size"],
                                       device, dtype, args.workers)
     eigenvalues, alpha = spectrum(features)
     share = 100 * eigenvalues / eigenvalues.sum()
@@ -73,7 +73,8 @@ def measure(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser("geometry.py", usage=argparse.SUPPRESS)
     parser.add_argument("run", help="run folder of clamp.py, or a backbone.pt")
-    parser.add_argument("--data", help="data set or folder; default: what the run was trained on")
+    parser.add_argument("--data", type=clamp.data_name,
+                        help="data set or folder; default: what the run was trained on")
     parser.add_argument("--random-init", action="store_true", help="the same network untrained")
     clamp.add_machine_flags(parser)
     return parser.parse_args(argv)

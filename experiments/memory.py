@@ -23,17 +23,18 @@ import clamp  # noqa: E402
 import fake_cuda  # noqa: E402
 
 RUNS = [(["--recipe", recipe], world) for recipe, worlds in {
-    "patterns": [1], "small": [1], "cifar10-published": [1, 8], "imagenet100": [1, 2, 4, 8],
-    "imagenet1k": [1, 8]}.items() for world in worlds]
+    "patterns": [1], "small": [1], "photos": [1], "cifar10-published": [1, 8],
+    "imagenet100": [1, 2, 4, 8], "imagenet1k": [1, 8]}.items() for world in worlds]
 
 
 def peak_gib(args, world):
     """The most GiB that one of `world` GPUs holds in two steps of clamp.train."""
-    share, labels = args.batch_size // world, torch.full([2 * args.batch_size], -1)
+    data = clamp.Data(None, torch.full([2 * args.batch_size], -1))
 
-    def crops(images, batches, *_, **__):
-        shape = share, args.views, 3, args.size, args.size
-        return (torch.empty(shape, dtype=torch.uint8, device="cuda") for _ in batches)
+    def crops(data, batches, *_, **__):
+        for rows in batches:
+            shape = len(rows), args.views, 3, args.size, args.size
+            yield torch.empty(shape, dtype=torch.uint8, device="cuda")
 
     with contextlib.ExitStack() as stack:
         args.out, args.epochs = stack.enter_context(tempfile.TemporaryDirectory()), 1
@@ -41,13 +42,13 @@ def peak_gib(args, world):
             stack.enter_context(redirect(io.StringIO()))
         dtype = torch.float32 if args.amp == "off" else torch.bfloat16
         gpu = stack.enter_context(fake_cuda.fake_gpu(world, dtype))
-        images = []
         if args.data in clamp.DATASETS:
             n = args.limit or (5000 if args.data == "patterns" else 50_000)
-            images = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
+            data.images = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
         else:
             stack.enter_context(mock.patch.object(clamp, "image_batches", crops))
-        clamp.train(args, data=(images, labels))
+        stack.enter_context(mock.patch.object(clamp, "load_data", lambda *_: data))
+        clamp.train(args)
     return gpu.peak / 2**30
 
 

@@ -4,9 +4,8 @@
 
 METHODS, at the end of this file, lists what each method brings: a loss, and for some a network, an
 augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
-processes, and returns its value and a dict of numbers to log. Its other arguments are flags, too,
-such as --temperature for simclr; --help shows clamp.py's flags only. All views go through the
-network, and its batch norm, together.
+processes. Its other arguments are flags, too, such as --temperature for simclr; --help shows
+clamp.py's flags only. All views go through the network, and its batch norm, together.
 
 no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
 two radii is at the cap, so that only the centres matter.
@@ -49,7 +48,7 @@ def simclr(z, temperature=0.1):
     z = F.normalize(z.flatten(0, 1), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-1e9)
     same = z.new_ones(m, m).kron(z.new_ones(b).diag()).fill_diagonal_(0)
-    return -(similarity.log_softmax(1) * same).sum(1).mean() / (m - 1), {}
+    return -(similarity.log_softmax(1) * same).sum(1).mean() / (m - 1)
 
 
 def barlow_twins(z, weight=0.005):
@@ -58,7 +57,7 @@ def barlow_twins(z, weight=0.005):
     c = x.T @ y / len(x)
     on_diagonal = (c.diagonal() - 1).square().sum()
     off_diagonal = c.square().sum() - c.diagonal().square().sum()
-    return (on_diagonal + weight * off_diagonal) / len(c), {}
+    return (on_diagonal + weight * off_diagonal) / len(c)
 
 
 def vicreg(z, weight=0.04):
@@ -69,13 +68,13 @@ def vicreg(z, weight=0.04):
     z = z - z.mean(1, keepdim=True)
     covariance = z.mT @ z / (b - 1)
     off_diagonal = covariance.square().sum() - covariance.diagonal(dim1=1, dim2=2).square().sum()
-    return invariance + variance + weight * off_diagonal / d, {}
+    return invariance + variance + weight * off_diagonal / d
 
 
 def mmcr(z):
     """Minus the nuclear norm of the centroids / b (arXiv 2303.03307 does not divide by b)."""
     centroids = F.normalize(z, dim=2).mean(0)
-    return -torch.linalg.matrix_norm(centroids, "nuc") / len(centroids), {}
+    return -torch.linalg.matrix_norm(centroids, "nuc") / len(centroids)
 
 
 def w_mse(z):
@@ -91,7 +90,7 @@ def w_mse(z):
     factor = torch.linalg.cholesky(x.mT @ x / (2 * d - 1))
     white = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
     white = F.normalize(white.flatten(1, 2), dim=2)
-    return 2 - 2 * across_views(white, white), {}
+    return 2 - 2 * across_views(white, white)
 
 
 def shuffled_dbn(z, group=16):
@@ -113,19 +112,19 @@ def shuffled_dbn(z, group=16):
         return x.transpose(0, 1).flatten(1)[:, order.argsort()]
 
     white = torch.stack([whiten(x) for x in z.double()])
-    return 2 - 2 * across_views(white, white) / d, {}  # the mean square of a white feature is 1
+    return 2 - 2 * across_views(white, white) / d  # the mean square of a white feature is 1
 
 
 def simsiam(z):
     """SimSiam: minus the cosine of each view's prediction, z[:, :, :d/2], and the other view's
     projection, z[:, :, d/2:], which gets no gradient (arXiv 2011.10566)."""
     prediction, projection = F.normalize(z.unflatten(2, (2, -1)), dim=3).unbind(2)
-    return -across_views(prediction, projection.detach()), {}
+    return -across_views(prediction, projection.detach())
 
 
 def byol(z):
     """BYOL: 4 - 4 of simsiam()'s cosines (arXiv 2006.07733). A momentum copy makes projections."""
-    return 4 + 4 * simsiam(z)[0], {}
+    return 4 + 4 * simsiam(z)
 
 
 def swav(z, temperature=0.1, epsilon=0.03, rounds=3):
@@ -136,7 +135,7 @@ def swav(z, temperature=0.1, epsilon=0.03, rounds=3):
     for _ in range(rounds):  # Sinkhorn-Knopp, for each view
         assignment = assignment / assignment.sum(1, keepdim=True)  # prototypes share images equally
         assignment = assignment / assignment.sum(2, keepdim=True)  # each image is assigned once
-    return -across_views(assignment, (z / temperature).log_softmax(2)), {}
+    return -across_views(assignment, (z / temperature).log_softmax(2))
 
 
 def ce_ssl(z, weight=0.4, temperature=0.1):
@@ -146,14 +145,13 @@ def ce_ssl(z, weight=0.4, temperature=0.1):
     invariant, equivariant = z.chunk(2, 2)
     first, second = two_views(equivariant)
     differences = (first - second).unflatten(0, (-1, 2)).transpose(0, 1)  # [2, b / 2, d / 2]
-    (same, _), (change, _) = simclr(invariant, temperature), simclr(differences, temperature)
-    return (1 - weight) * same + weight * change, {"invariant part": same.detach()}
+    same, change = simclr(invariant, temperature), simclr(differences, temperature)
+    return (1 - weight) * same + weight * change
 
 
 def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
     """CLAMP's energy E itself; its loss is log(E + 1e-6)."""
-    loss, numbers = clamp.packing_loss(z, radius_scale, max_reach)
-    return loss.exp() - 1e-6, numbers
+    return clamp.packing_loss(z, radius_scale, max_reach).exp() - 1e-6
 
 
 # -------- networks
@@ -163,7 +161,7 @@ mlp = partial(MLP, norm_layer=nn.BatchNorm1d, bias=False)
 
 
 def build_network(args):
-    """Backbone and projector with batch norm: pictures [n, 3, size, size] -> [n, d]."""
+    """Backbone and projector with batch norm: images [n, 3, size, size] -> [n, d]."""
     network = clamp.build_network(args)
     network.projector = mlp(network.backbone.num_features, args.projector)
     return network
@@ -181,14 +179,14 @@ class SideBySide(nn.Module):
 
 
 def build_simsiam(args):
-    """Pictures -> prediction and projection. The predictor has a bottleneck of d / 4."""
+    """Images -> prediction and projection. The predictor has a bottleneck of d / 4."""
     network, d = build_network(args), args.projector[-1]
     network.projector.append(nn.BatchNorm1d(d, affine=False))
     return network.append(SideBySide(mlp(d, [d // 4, d]), nn.Identity()))
 
 
 class BYOL(nn.Module):
-    """Pictures -> prediction, and projection by a momentum copy of backbone and projector. At each
+    """Images -> prediction, and projection by a momentum copy of backbone and projector. At each
     step it keeps this share of its weights: 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
 
     def __init__(self, args, steps, momentum=0.99):
@@ -214,7 +212,7 @@ class BYOL(nn.Module):
 def build_byol(args):
     """BYOL for the steps of the run, which depend on the number of images."""
     clamp.start_processes(args)  # so that only one process downloads
-    n = len(clamp.load_data(args.data, "train", args.limit)[1])
+    n = len(clamp.load_data(args.data, "train", args.limit, args.seed).labels)
     return BYOL(args, args.epochs * (n // args.batch_size))
 
 
@@ -229,13 +227,13 @@ class Prototypes(nn.Linear):
 
 
 def build_swav(args):
-    """Pictures -> scores. The paper has 3000 prototypes for batches of 4096 without a queue."""
+    """Images -> scores. The paper has 3000 prototypes for batches of 4096 without a queue."""
     prototypes = Prototypes(args.projector[-1], 3 * args.batch_size // 4, bias=False)
     return build_network(args).append(prototypes)
 
 
 def build_ce_ssl(args):
-    """Pictures -> invariant and equivariant embedding, by a projector each."""
+    """Images -> invariant and equivariant embedding, by a projector each."""
     network = build_network(args)
     second = mlp(network.backbone.num_features, args.projector)
     network.projector = SideBySide(network.projector, second)
@@ -249,7 +247,7 @@ class PairedAugment(clamp.MultiViewAugment):
 
     def __call__(self, images):
         if images.ndim == 5 or len(images) % 2:
-            raise clamp.UserError("ce_ssl pairs images: give pictures of one size up to 256 px, "
+            raise clamp.UserError("ce_ssl pairs images: give images of one size up to 256 px, "
                                   "and a --batch-size that is an even number for each process")
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             even = super().__call__(images[::2])
@@ -292,7 +290,10 @@ def main(method="", *flags):
     torch.manual_seed(args.seed)
     network = parts["network"](args)
     loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
-    clamp.train(args, loss_fn, network, parts["augment"])
+    try:
+        clamp.train(args, loss_fn, network, parts["augment"])
+    except torch.linalg.LinAlgError as error:
+        raise clamp.UserError(f"{method} has diverged ({error}); give a lower --lr, another --out")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ KINDS = dict(stripes=(204, 121, 167), checks=(86, 180, 233), dots=(0, 158, 115),
 
 
 def draw(z, skins, radius_scale, turn, side=340):
-    """packing_loss's balls in skins [b, 3, 128, 128], turned and seen from afar; far ones are pale.
+    """The loss's balls in skins [b, 3, 128, 128], turned and seen from afar; far ones are pale.
     The grey disc is the unit sphere."""
-    z = torch.nn.functional.normalize(z - z.mean((0, 1)), dim=2)
-    r = radius_scale * (z.var(0).sum(1) / min(len(z), 3) + 1e-12).sqrt()
-    x, y, z = z.mean(0).T
+    centers, r = clamp.balls(z, radius_scale)
+    x, y, z = centers.T
     x, z = x * math.cos(turn) + z * math.sin(turn), z * math.cos(turn) - x * math.sin(turn)
     column = torch.linspace(-1.4, 1.4, 2 * side)
     row = column[:, None]
@@ -52,7 +51,7 @@ def film(shots, skins, kinds, args, folder, shrink=1.0):
         frames.append(paper.copy())
         turn = math.pi * len(frames) / 20
         frames[-1].paste(draw(z, skins, shrink * args.radius_scale, turn))
-        numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
+        numbers = clamp.packing_numbers(z, args.radius_scale, args.max_reach)
         text = "{}\nmean radius {radius:.2f}\nneighbours {neighbours:.1f}".format(title, **numbers)
         ImageDraw.Draw(frames[-1]).text((40, 335), text, "black", font, spacing=8)
     for k in range(9):
@@ -72,17 +71,20 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
     if args.projector[-1] != 3:
         raise clamp.UserError(f"{run}: needs a projector of three outputs, as --projector 2048 3")
     torch.manual_seed(args.seed)
-    network, (images, labels) = clamp.build_network(args), clamp.load_data(args.data, "test")
+    network, data = clamp.build_network(args), clamp.load_data(args.data, "test")
+    data = data if len(data.labels) else clamp.load_data(args.data, "train")
+    labels = data.labels
     rows = labels.argsort(stable=True)[torch.linspace(  # as many of each class
         0, len(labels) - 1, min(args.batch_size, len(labels))).long()]
-    pictures = next(clamp.image_batches(images, [rows], lambda x: clamp.center_crop(x, 128),
-                                        torch.device("cpu")))
-    skins = clamp.center_crop(pictures, 128) / 255
+    images = next(clamp.image_batches(data, [rows], lambda x: clamp.center_crop(x, 128),
+                                      torch.device("cpu")))
+    skins = clamp.center_crop(images, 128) / 255
     views = clamp.MultiViewAugment(**{f.name: getattr(args, f.name)
-                                      for f in fields(clamp.MultiViewAugment)})(pictures)
+                                      for f in fields(clamp.MultiViewAugment)})(images)
 
     def look():  # at as many test images as a batch has, as the loss would see them
-        return clamp.embed(network.train(), views, torch.float32).detach()
+        z = clamp.embed(network.train(), views.flatten(0, 1), torch.float32).detach()
+        return z.unflatten(0, views.shape[:2])
 
     def loss_fn(z):
         shots.append(look() if len(shots) % 8 == 0 else None)
@@ -91,7 +93,7 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
     if run:
         network.load_state_dict(saved["network"])
         z = look()
-        numbers = clamp.packing_loss(z, args.radius_scale, args.max_reach)[1]
+        numbers = clamp.packing_numbers(z, args.radius_scale, args.max_reach)
         shrink = min(1, 0.2 / numbers["radius"].item())  # wide balls would hide the sphere
         shots = 20 * [(f"radii drawn x {shrink:.2g}", z)]
     else:

@@ -1,8 +1,8 @@
 """What can be known of the CUDA path without a GPU, and tests for machines with one or two.
 
 The tests on fake CUDA tensors (fake_cuda.py) run clamp.train and eval_linear.evaluate themselves.
-They fail if an operation mixes devices, if a mask is an index, and if the CPU waits for the GPU
-anywhere but in the places that are listed here with their counts.
+They fail if an operation mixes devices, if a mask is an index, if a copy to the CPU is not waited
+for, and if the CPU waits for the GPU anywhere but in the places listed here with their counts.
 """
 
 import gc
@@ -28,7 +28,8 @@ from test_clamp import FixedViews, tiny_network, write_pictures  # noqa: E402
 
 fake = pytest.mark.skipif(bool(fake_cuda.MISSING), reason=fake_cuda.MISSING)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-FEW = ["--views", "2", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+FEW = ["--recipe", "small", "--data", "patterns", "--batch-size", "4", "--epochs", "1",
+       "--workers", "0"]
 
 
 def size(tensors):
@@ -52,9 +53,10 @@ def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, re
         clamp.train(args, network=network, data=data)
     assert outputs == {(fake_cuda.CUDA, torch.bfloat16)}
     # The network is moved, and each read-out takes six numbers.
-    waits = {"train": len(network.state_dict()) + 6 * read_outs}
-    if not streamed:  # The images and the labels are moved, and the k-NN read-out follows.
-        waits = {"train": waits["train"] + 2, "extract_features": 2, "knn_accuracy": 2}
+    waits = {"place": len(network.state_dict()), "read_numbers": 6 * read_outs}
+    if not streamed:  # The images are moved, and the k-NN read-out follows.
+        waits |= {"to": 1, "image_batches": 1, "knn_readout": 1, "extract_features": 2,
+                  "knn_accuracy": 2}
     assert gpu.waits == waits
     gc.collect()  # What is left are weights, gradients, DDP's buckets and batch norm's statistics.
     weights = size(network.parameters())
@@ -65,22 +67,34 @@ def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, re
 @fake
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("method, waits", [
-    ([], {"probe": 4, "batches": 4, "extract_features": 4}),
-    (["--augment"], {"probe": 4, "batches": 4, "extract_features": 4}),
-    (["--finetune"], {"batches": 6, "extract_features": 10})])
-def test_evaluation_waits_for_the_gpu_once_an_epoch(method, waits, tmp_path):
+    ([], {"probe": 4, "extract_features": 4}),
+    (["--augment"], {"probe": 4, "extract_features": 4}),
+    (["--finetune"], {"place": 2 * 3, "extract_features": 10})])
+def test_training_of_a_probe_or_backbone_never_waits_for_the_gpu(method, waits, tmp_path):
     """Two epochs of three steps for two learning rates, and again for the better one."""
     backbone = tiny_network().backbone
-    clamp.save(tmp_path, backbone={"settings": vars(clamp.parse_args([])),
-                                   "backbone": backbone.state_dict()})
+    torch.save({"epoch": 1, "settings": vars(clamp.parse_args([])),
+                "backbone": backbone.state_dict()}, tmp_path / "backbone.pt")
     data = torch.zeros(60, 3, 32, 32, dtype=torch.uint8), torch.arange(60) % 2
     args = eval_linear.parse_args([str(tmp_path), "--epochs", "2", "--batch-size", "18", "--lr",
                                    "0.1", "0.2", *method])
     with fake_cuda.fake_gpu() as gpu:
         eval_linear.evaluate(args, backbone, [data, data])
-    # Besides the training: the network, images and labels are moved, and accuracies are read.
-    assert gpu.waits == waits | {"evaluate": len(backbone.state_dict()) + 1, "make_split": 4,
-                                 "accuracy": 4, "knn_accuracy": 2}
+    # The network, images and labels are moved, and numbers are read after the training.
+    assert gpu.waits == waits | {"evaluate": len(backbone.state_dict()) + 1, "to": 2,
+                                 "make_split": 2, "accuracy": 4, "knn_accuracy": 2}
+
+
+@fake
+def test_neighbours_are_copied_to_the_cpu_before_they_are_drawn():
+    options = dict(size=32, device=fake_cuda.CUDA, dtype=torch.float32)
+    with fake_cuda.fake_gpu() as gpu:
+        images = torch.zeros(30, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        data, rows = clamp.Data(images, torch.arange(30)), torch.arange(30)
+        split = eval_linear.make_split(data, rows, nn.Flatten(), options)
+        gpu.waits.clear()
+        eval_linear.draw_neighbours(split, nn.Flatten(), options, "neighbours.png")
+    assert gpu.waits == {"draw_neighbours": 3, "extract_features": 2, "image_batches": 3 * 12}
 
 
 @fake
@@ -88,8 +102,9 @@ def test_evaluation_waits_for_the_gpu_once_an_epoch(method, waits, tmp_path):
 def test_features_are_not_held_twice(world):
     with fake_cuda.fake_gpu(world) as gpu:
         images = torch.zeros(4096, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        rows = torch.arange(4096)
         options = dict(size=32, device=fake_cuda.CUDA, dtype=torch.float32)
-        features = eval_linear.extract(nn.Flatten(), images, options)
+        features = eval_linear.extract(nn.Flatten(), clamp.Data(images, rows), rows, options)
         assert features.shape == (4096, 3072)
         assert features.nbytes <= gpu.peak - images.nbytes < 1.3 * features.nbytes
 
@@ -133,7 +148,7 @@ def test_out_of_memory_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         clamp.command_line(lambda: clamp.train(args, loss_fn, tiny_network()))
     line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "error: out of GPU memory; lower --batch-size" in line
+    assert stop.value.code == 2 and "error: out of memory; lower --batch-size" in line
 
 
 # -------- on real GPUs
@@ -155,7 +170,7 @@ def no_tf32(monkeypatch):
     lambda x, change: clamp.gaussian_blur(x, 1 + change, 5),
     lambda x, change: clamp.resized_crop(x, change.view(1, 4).floor() + torch.tensor(
         [[3], [5], [30], [20]], device=x.device), 24),
-    lambda x, change: clamp.packing_loss(x.flatten(2))[0],
+    lambda x, change: clamp.packing_loss(x.flatten(2)),
     lambda x, change: clamp.build_backbone("resnet18", "cifar").to(x.device).eval()(x),
     lambda x, change: clamp.build_backbone("resnet18").to(x.device).eval()(x)])
 def test_a_gpu_computes_what_a_cpu_does(function, no_tf32):
@@ -168,7 +183,7 @@ def test_a_gpu_computes_what_a_cpu_does(function, no_tf32):
 
 
 @gpu
-@pytest.mark.parametrize("streamed, read_outs, others", [(False, 11, 6), (True, 3, 0)])
+@pytest.mark.parametrize("streamed, read_outs, others", [(False, 11, 7), (True, 3, 0)])
 def test_a_real_gpu_is_waited_for_as_often_as_the_fake_one(streamed, read_outs, others, tmp_path):
     args = clamp.parse_args([*FEW, "--data", str(tmp_path / "photos"), "--out", str(tmp_path)])
     data = torch.zeros(84, 3, 40, 36, dtype=torch.uint8), torch.arange(84)
@@ -189,9 +204,10 @@ def test_a_real_gpu_is_waited_for_as_often_as_the_fake_one(streamed, read_outs, 
 def test_default_run_on_a_gpu_continues_and_is_evaluated(amp, tmp_path):
     args, save = clamp.parse_args(["--amp", amp, "--out", str(tmp_path)]), clamp.save
 
-    def save_and_stop(*args, **contents):
-        save(*args, **contents)
-        raise KeyboardInterrupt
+    def save_and_stop(out, log, settings, epoch, parts):
+        save(out, log, settings, epoch, parts)
+        if epoch == 1:
+            raise KeyboardInterrupt
 
     with mock.patch.object(clamp, "save", save_and_stop), pytest.raises(KeyboardInterrupt):
         clamp.train(args)
