@@ -6,8 +6,8 @@ labels.
 
     python clamp.py                        minutes on a laptop, nothing to download
     python clamp.py --data cifar10         an hour on two CPU cores
-    python clamp.py --data photos          your own folder of images
-    torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data imagenet
+    python clamp.py --data my/photos       a folder of your own images
+    torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data my/imagenet
 
 The run folder gets views.png (augmented views, one image a row), log.jsonl (one line an epoch),
 checkpoint.pt (the same command continues from it) and backbone.pt (for eval_linear.py).
@@ -50,8 +50,9 @@ def balls(z, radius_scale=7.0, center=True):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    min(m, d) bounds the rank of L_i. center: subtract the mean of all embeddings before they are
-    put on the sphere, as the authors' code does. float64 stays, other types become float32."""
+    min(m, d) stands for the number of directions in which m points can vary.
+    center: subtract the mean of all embeddings before they are put on the sphere, as the authors'
+    code does. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -65,10 +66,10 @@ def balls(z, radius_scale=7.0, center=True):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. Pairs that must not repel each other get -inf: i = j, and centres
-    closer than 1e-3. That limit and max_reach come from the authors' code."""
+    for balls that are apart. Two kinds of pairs do not repel each other, and get -inf: i = j, and
+    centres closer than 1e-3. This limit and max_reach come from the authors' code."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # its gradient at 0 is 0
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # at 0 its gradient is 0, not NaN
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -78,7 +79,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale, center), max_reach)
-    energy = x.relu().square().sum() / 2  # put another potential here; log needs a positive sum
+    energy = x.relu().square().sum() / 2  # here goes another potential, with a sum >= 0
     return (energy + 1e-6).log()
 
 
@@ -94,7 +95,7 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5, center=True):
         "radius": radii.mean(),
         "neighbours": neighbours.sum() / len(radii),  # balls that a ball overlaps, on average
         "spread": variance.sqrt(),  # root mean square distance of the centres from their mean
-        # directions in which the centres vary: 1 on a line, d if they do so equally in all
+        # the number of directions in which the centres vary, from 1 to d
         "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30)}
 
 
@@ -120,9 +121,9 @@ def random_boxes(x, scale):
 
 
 def resize_weights(start, length, size, full):
-    """Matrices [n, size, full] that resize a part of a line of `full` pixels to `size` pixels. The
-    part is `length` pixels from `start` on; both are [n]. As in bilinear resizing with
-    antialiasing, the weight of an old pixel in a new one falls linearly with their distance."""
+    """W [n, size, full] so that W @ line resizes line[start:start + length] to `size` pixels, for a
+    line of `full` pixels and start, length [n]. As in bilinear resizing with antialiasing, the
+    weight of an old pixel in a new one falls linearly with their distance."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size  # old pixels per new pixel
     old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], within the part
@@ -133,16 +134,16 @@ def resize_weights(start, length, size, full):
 
 
 def resized_crop(x, boxes, size):
-    """Cut its box out of each image of x [n, 3, h, w] and resize it: -> [n, 3, size, size]. These
-    are matrix products, because F.interpolate cannot take a box for each image."""
+    """Cut a box [4, n] out of each image x [n, 3, h, w] and resize it: -> [n, 3, size, size]. This
+    takes matrix products, because F.interpolate knows no boxes."""
     top, left, height, width = boxes
     vertical = resize_weights(top, height, size, x.shape[2])[:, None]  # [n, 1, size, h]
     horizontal = resize_weights(left, width, size, x.shape[3])[:, None]  # [n, 1, size, w]
     return vertical @ x @ horizontal.mT
 
 
-# brightness() to gaussian_blur() compute what torchvision's functions do, but the change or sigma
-# [n, 1, 1, 1] differs between the images x [n, 3, h, w] in 0..1. At 0, an image stays as it is.
+# The next functions compute what torchvision's do, on images x [n, 3, h, w] with values in 0..1.
+# But each image has its own change or sigma [n, 1, 1, 1]. A change or sigma of 0 does nothing.
 
 def brightness(x, change):
     return (x * (1 + change)).clamp(0, 1)
@@ -177,7 +178,7 @@ def gaussian_blur(x, sigma, kernel):
     """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels."""
     n, channels, height, width = x.shape
     taps = torch.arange(kernel, device=x.device) - kernel // 2
-    sigma = sigma.view(n, 1).clamp(min=1e-3)  # only the middle tap counts
+    sigma = sigma.view(n, 1).clamp(min=1e-3)  # at 0, only the middle tap counts
     weights = (-0.5 * (taps / sigma).square()).softmax(1)  # a Gaussian whose sum is 1
     weights = weights.repeat_interleave(channels, 0)[:, None]  # [n * channels, 1, kernel]
     x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]  # [1, n * channels, ...]
@@ -191,7 +192,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalize(x):
-    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # without waiting
+    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # the CPU goes on
     return (x - mean) / std
 
 
@@ -209,8 +210,8 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def __call__(self, images):
-        """uint8 images [b, 3, H, W] -> float32 views [m, b, 3, size, size], normalised. Images from
-        files differ in H and W, so for them the loader has called crop(): [b, m, 3, size, size]."""
+        """uint8 images [b, 3, H, W], or uint8 crops [b, m, 3, size, size] that the loader has made
+        by crop(), -> normalised float32 views [m, b, 3, size, size]."""
         if images.ndim == 4:
             x = images.repeat(self.views, 1, 1, 1) / 255  # view 0 of all images comes first
             x = resized_crop(x, random_boxes(x, self.crop_scale), self.size)
@@ -286,8 +287,8 @@ def embed(network, x, dtype):
 class LARS(torch.optim.SGD):
     """SGD with weight decay and layer-wise rates (arXiv 1708.03888). For each weight tensor w, the
     gradient g becomes
-        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w),
-    without the fraction if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
+        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w).
+    The fraction is 1 if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
 
     def __init__(self, parameters, lr, momentum, weight_decay, eta):
         super().__init__(parameters, lr, momentum)
@@ -302,14 +303,15 @@ class LARS(torch.optim.SGD):
         torch._foreach_add_(grads, weights, alpha=self.weight_decay)
         if self.eta:
             ratio = self.eta * w / (g + self.weight_decay * w + 1e-8)
-            torch._foreach_mul_(grads, torch.where((w > 0) & (g > 0), ratio, 1).unbind())
+            ratio = torch.where((w > 0) & (g > 0), ratio, 1)
+            torch._foreach_mul_(grads, ratio.unbind())  # each tensor has its own ratio
         super().step()
 
 
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup may be half a step
+        return min(1, (step + 1) / warmup)  # warmup is a float, and may be below 1
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -319,11 +321,11 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     """Train with the settings args, as parse_args returns them. Parts of your own replace what
     args describe:
 
-    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. It has no
-        parameters: what is to be trained belongs into the network.
+    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. Weights of its
+        own are not trained: they belong into the network.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
     augment: a subclass of MultiViewAugment (the class itself)
-    data: images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
+    data: a pair, images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
@@ -331,10 +333,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     rank, world = rank_and_world()
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
-    settings = json.loads(json.dumps(settings, default=str))  # plain types can be loaded safely
+    settings = json.loads(json.dumps(settings, default=str))  # plain types, to be saved
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    if data and args.recipe == "patterns":  # the default, made for other images
+    if data and args.recipe == "patterns":  # which is also the recipe if none is named
         raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
     data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(data.labels)
@@ -352,7 +354,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                      weight_decay=args.weight_decay, eta=args.eta)
     optimizer = optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has lower ones
+    peaks = [group["lr"] for group in optimizer.param_groups]  # the checkpoint's are decayed
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
@@ -371,9 +373,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, parts)  # from now on, other settings are refused here
+            save(out, log, settings, 0, parts)  # so that this folder refuses other settings
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
+    # One stream serves all epochs, because it takes seconds to start loader workers.
     stream = image_batches(data, shares, augment.crop, device, args.workers, args.seed,
                            first_step=start * steps)
     warmup, total = args.warmup_epochs * steps, args.epochs * steps
@@ -383,13 +386,13 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         model.train()
         for k, images in enumerate(islice(stream, steps)):
             step = epoch * steps + k
-            torch.manual_seed(hash((args.seed, step, rank)))  # the same if the run is continued
+            torch.manual_seed(hash((args.seed, step, rank)))  # the same again in a continued run
             views = augment(images)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
             loss = loss_fn(z)
             optimizer.zero_grad()
-            scaler.scale(world * loss).backward()  # DDP takes the mean, and gather() needs the sum
+            scaler.scale(world * loss).backward()  # DDP divides by world; gather() wants the sum
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * lr_scale(step, warmup, total)
             scaler.step(optimizer)
@@ -404,7 +407,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        data.unreadable.update(*from_all(data.unreadable))
+        data.unreadable.update(*from_all(data.unreadable))  # what all processes have found
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
@@ -419,7 +422,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, parts)
     bar.close()
-    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):
+    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # which it does not know
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -431,8 +434,8 @@ def progress(*args, **options):
 
 
 def read_numbers(loss, z, network, args, epoch):
-    """Numbers for the log. Those of the packing are there for any loss, to show a collapse. Raises
-    UserError if the loss or a weight is not finite."""
+    """Numbers for the log. It has those of the packing for any loss, because they show a collapse.
+    Raises UserError if the loss or a weight is not finite."""
     numbers = {"loss": loss} | packing_numbers(z, args.radius_scale, args.max_reach)
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
     numbers = {name: number.item() for name, number in numbers.items()}
@@ -443,7 +446,7 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ, without those that a run may change on its way."""
+    """The names of settings that differ, without those that may differ when a run continues."""
     names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -451,7 +454,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt is not overwritten, but an error
+    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt is an error: it would be overwritten
         return None
     try:
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
@@ -473,8 +476,8 @@ def claim(out):
 
 
 def save(out, log, settings, epoch, parts):
-    """Write log.jsonl, backbone.pt, and checkpoint.pt, which has all that a run needs to go on. It
-    is replaced last, and whole, in case the process is killed."""
+    """Write log.jsonl, backbone.pt and checkpoint.pt. A run continues from checkpoint.pt alone. In
+    case the process is killed, checkpoint.pt is replaced last, and whole."""
     state = {"epoch": epoch, "settings": settings}
     files = {
         "backbone": state | {"backbone": parts["network"].backbone.state_dict()},
@@ -493,7 +496,7 @@ def save(out, log, settings, epoch, parts):
 
 def center_crop(images, size):
     """Cut the centre out of images uint8 [..., 3, H, W], 7/8 of the shorter side, and resize it to
-    [..., 3, size, size]. Images of that size stay as they are, so a second call does nothing."""
+    [..., 3, size, size]. Images that have this size already stay as they are."""
     if images.shape[-2:] == (size, size):
         return images
     side = max(1, round(min(images.shape[-2:]) * 7 / 8))
@@ -503,17 +506,17 @@ def center_crop(images, size):
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
-    # The loader crops images from files, and the loop those in memory.
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(data, rows.split(256), crop, device, workers)
     bar = progress(batches, "features", total, leave=False)
+    # Images from files have been cropped by the loader, and crop() leaves them as they are.
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # on a GPU, torch.cat would need twice the memory
+    return torch.cat(parts).to(device)  # joined on the CPU, to need less memory of a GPU
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
-    """Accuracy in % of a vote of the k nearest rows of the bank [n, f] on each query [q, f],
-    weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
+    """Accuracy in % if the k nearest features of the bank [n, f] vote on the class of each query
+    [q, f]. Votes are weighted by exp(cosine / 0.07) (arXiv 1805.01978)."""
     bank, correct = F.normalize(bank), 0
     for q, y in zip(queries.split(1024), labels.split(1024)):
         cosine, nearest = (F.normalize(q) @ bank.T).topk(min(k, len(bank)))
@@ -552,7 +555,7 @@ class Data:
     """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
     images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
     labels: torch.Tensor  # int64 [n], -1 if unknown
-    files: np.ndarray = None  # n names; an array, because processes share it
+    files: np.ndarray = None  # n names; each loader worker would copy a list
     unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
@@ -596,8 +599,8 @@ def draw_patterns(n, seed):
 
 
 def load_data(name, split, limit=None, seed=0, own=None):
-    """The "train" or "test" images of one of DATASETS or of a folder, or one's own, as Data. n = 0
-    if a folder has no test images. limit: keep this many images, chosen at random."""
+    """The "train" or "test" images of one of DATASETS or of a folder; none, if a folder has no test
+    images. limit: keep this many images, chosen at random. own: a pair (images, labels)."""
     if own:
         data = Data(*own)
         if data.images.dtype != torch.uint8:
@@ -632,10 +635,10 @@ def download(name, split):
 
 
 def find_images(root):
-    """(file, class) of each image below a folder, sorted. The class is the first folder on the way
-    to the file, or None. Hidden names, __MACOSX and run folders are left out."""
+    """(file, class) of each image below a folder, sorted. The class is the folder directly below
+    root, or None. Hidden names, __MACOSX and run folders are left out."""
     def fail(error):
-        if not isinstance(error, FileNotFoundError):  # root may be missing, but not forbidden
+        if not isinstance(error, FileNotFoundError):  # a missing root has no images
             raise error
 
     found, seen = [], set()
@@ -663,7 +666,8 @@ def list_images(path, split):
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
     numbers = {label: k for k, label in enumerate(classes)} if len(classes) > 1 else {}
-    test = [x for x in test if x[1]] or [x for x in val if x[1]] if numbers else []
+    test = [x for x in test if x[1]] or [x for x in val if x[1]]
+    test = test if numbers else []  # without classes, there is nothing to test
     unknown = {label for _, label in test} - numbers.keys()
     if unknown:
         raise UserError(f"--data {path}: no training images of {', '.join(sorted(unknown))}")
@@ -677,7 +681,7 @@ def read_image(file, size=None):
     size: (width, height) to which an image of another size is cropped and resized.
     Raises UserError if it cannot be read."""
     try:
-        with Image.open(str(file)) as image:
+        with Image.open(str(file)) as image:  # str, because numpy has a type of its own
             if image.mode[0] in "IF":  # I, I;16 and F have 16 or 32 bits
                 raise ValueError("more than 8 bits a channel; convert it to 8 bits")
             image = ImageOps.exif_transpose(image)
@@ -693,8 +697,8 @@ def read_image(file, size=None):
 
 
 def keep_in_memory(data):
-    """Read all files now, if most of a sample have one size of at most 256 px and all fit into
-    4 GB. Images of another size are fitted to it."""
+    """Read all files now, if they need at most 4 GB, and most images in a sample have the same size
+    of at most 256 px. Images of other sizes are fitted to it."""
     def read(file, size=None):
         try:
             return read_image(file, size)
@@ -717,15 +721,15 @@ def keep_in_memory(data):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Item (row, seed) is a pair: the image in files[row], transformed, and "". If it cannot be
-    read, the next one takes its place, and the text says why."""
+    """dataset[row, seed] is (image, problem): the transformed image in files[row], and "". If it
+    cannot be read, the next readable image takes its place, and `problem` is the error message."""
 
     def __init__(self, files, transform):
         self.files, self.transform = files, transform
 
     def __getitem__(self, item):
         (row, seed), problem = item, ""
-        torch.manual_seed(seed)  # the same in any worker; train() seeds anew after it
+        torch.manual_seed(seed)  # the same crops, whichever worker makes them
         for k in range(len(self.files)):
             try:
                 image = read_image(self.files[(row + k) % len(self.files)])
@@ -736,8 +740,8 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def draw_batches(n, batch_size, epochs, seed):
-    """The batch of each step of these epochs, as rows [batch_size] of n images, the same in all
-    processes. An incomplete last batch is left out."""
+    """Yields the row numbers [batch_size] of each step's images, for these epochs of n images. All
+    processes draw the same. An incomplete last batch is left out."""
     for epoch in epochs:
         generator = torch.Generator().manual_seed(hash((seed, epoch)))
         yield from torch.randperm(n, generator=generator).split(batch_size)[:n // batch_size]
@@ -749,10 +753,12 @@ def image_batches(data, batches, transform, device, workers=0, seed=0, first_ste
     if data.images is not None:
         for rows in batches:
             images = data.images[rows.to(data.images.device, non_blocking=True)]
-            yield images.to(device, non_blocking=device.type == "cuda")  # a CPU would not wait
+            # A copy to the CPU has to be waited for, or it is read too early.
+            yield images.to(device, non_blocking=device.type == "cuda")
         return
-    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]  # hashes of integers are
-             for step, rows in enumerate(batches, first_step))          # the same in any process
+    # Each image has a seed of its own. The hash of integers is the same in every process and run.
+    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
+             for step, rows in enumerate(batches, first_step))
     loader = torch.utils.data.DataLoader(
         ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
@@ -820,8 +826,9 @@ def gather(z):
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts. SMALL is for CPUs: the
-# ImageNet stem makes 8 x 8 of 32 x 32 pixels, and short runs want a shorter reach.
+# A recipe is a list of flags. If a flag comes twice, the last one counts.
+# SMALL has the ImageNet stem, because a CPU takes 16 times as long for the CIFAR stem. Two views
+# gave better features with a reach of 1.2 than with the authors' 1.5.
 SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
     --warmup-epochs 1 --lr .4 --eta 0 --arch resnet18 --stem imagenet --zero-init
     --projector 2048 256 --size 32 --crop-scale .2 1 --jitter .4 .4 .2 .1 --blur-p .5
@@ -829,7 +836,7 @@ SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-siz
 IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
     --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
     --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-RECIPES = {  # the first three are ours, the others published, with --lr for 256 images
+RECIPES = {  # the first three are ours, the others are published
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
@@ -865,7 +872,7 @@ def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        description="Train CLAMP. A recipe sets all flags without a default in brackets.")
+        description="Train CLAMP. Defaults stand in brackets. The recipe sets the other flags.")
     add, share = parser.add_argument, number(float, 0, 1)
     add("--recipe", choices=RECIPES, help="(chosen by --data)")
     add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
@@ -879,11 +886,12 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=number(float, 0), help="at most a third of the epochs")
     add("--lr", type=number(float, 0), help="peak learning rate at batch size 256")
     add("--eta", type=number(float, 0), help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=number(float, 0), default=1e-6, help="not of biases, norms (1e-6)")
+    add("--weight-decay", type=number(float, 0), default=1e-6,
+        help="except on biases and batch norm (1e-6)")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="backbone")
     add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
-        help="start residual branches from zero")
+        help="start residual branches from zero (off)")
     add("--projector", type=number(int, 1), nargs="+", help="widths of its layers")
     add("--size", type=number(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
@@ -914,7 +922,8 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()), help="loaders (cores)")
+    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
+        help="loader processes, for each GPU (cores, at most 8)")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers (0)")
 
 
@@ -924,7 +933,7 @@ def command_line(main):
     try:
         main()
     except Exception as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a worker's begins with a traceback
+        message = str(error).split("UserError: ")[-1].strip()  # a loader worker's has a traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
