@@ -329,11 +329,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
+    args = json.loads(json.dumps(vars(args), default=str))  # plain types, which can be saved
+    args = argparse.Namespace(**args)
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
-    settings = json.loads(json.dumps(settings, default=str))  # plain types, to be saved
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
     if data and args.recipe == "patterns":  # which is also the recipe if none is named
@@ -840,7 +841,7 @@ RECIPES = {  # the first three are ours, the others are published
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
-    "photos": f"{SMALL} --data photos --size 64 --batch-size 64 --epochs 60 --lr .8",
+    "photos": f"{SMALL} --data photos --size 64 --crop-scale .08 1 --epochs 100",
     "cifar10-published": """--data cifar10 --radius-scale 7 --max-reach 1.5 --views 16
         --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr .1 --eta 1e-3 --arch resnet18
         --stem cifar --projector 2048 256 --size 32 --crop-scale .08 1 --jitter .8 .8 .8 .2
@@ -914,6 +915,8 @@ def parse_args(argv=None):
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale.sort()
     args.out = args.out or f"runs/{Path(args.data).name}"
+    if Path(args.out).resolve() == Path(args.data):
+        parser.error("--out: give another folder than --data")
     return args
 
 
