@@ -50,9 +50,9 @@ def balls(z, radius_scale=7.0, center=True):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    min(m, d) stands for the number of directions in which m points can vary.
-    center: subtract the mean of all embeddings before they are put on the sphere, as the authors'
-    code does. float64 stays, other types become float32."""
+    min(m, d) is roughly the number of directions in which m points can vary. (The authors
+    take m, not m - 1.) center: subtract the mean of all embeddings before they are put on the
+    sphere, as the authors' code does. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -66,10 +66,11 @@ def balls(z, radius_scale=7.0, center=True):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. Two kinds of pairs do not repel each other, and get -inf: i = j, and
-    centres closer than 1e-3. This limit and max_reach come from the authors' code."""
+    for balls that are apart, and -inf if i = j. As in the authors' code, it is -inf, too, for
+    centres closer than 1e-3. So a collapse to one point has no energy, but training does not find
+    it, because the energy grows while centres approach each other."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # at 0 its gradient is 0, not NaN
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist has gradient 0 at distance 0
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -79,7 +80,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale, center), max_reach)
-    energy = x.relu().square().sum() / 2  # here goes another potential, with a sum >= 0
+    energy = x.relu().square().sum() / 2  # replace this by another potential >= 0
     return (energy + 1e-6).log()
 
 
@@ -122,11 +123,12 @@ def random_boxes(x, scale):
 
 def resize_weights(start, length, size, full):
     """W [n, size, full] so that W @ line resizes line[start:start + length] to `size` pixels, for a
-    line of `full` pixels and start, length [n]. As in bilinear resizing with antialiasing, the
-    weight of an old pixel in a new one falls linearly with their distance."""
+    line of `full` pixels and start, length [n]. As in bilinear resizing with antialiasing, an old
+    pixel's weight in a new one falls linearly with their distance. It is 0 from a distance of one
+    new pixel on, or of one old pixel, if these are larger."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size  # old pixels per new pixel
-    old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], within the part
+    old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], measured from start
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
     weight = (1 - (old - new).abs() / scale.clamp(min=1)).clamp(min=0)
     weight = torch.where((0 < old) & (old < length), weight, 0)
@@ -168,10 +170,10 @@ def hue(x, change):
             value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
     angle = angle + 6 * change[:, 0]
 
-    def channel(n):  # the usual formula: value - chroma * max(0, min(k, 4 - k, 1))
+    def channel(n):  # Wikipedia, "HSL and HSV": value - chroma * max(0, min(k, 4 - k, 1))
         k = (n + angle) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-    return torch.stack([channel(5), channel(3), channel(1)], 1)
+    return torch.stack([channel(5), channel(3), channel(1)], 1)  # red, green, blue
 
 
 def gaussian_blur(x, sigma, kernel):
@@ -192,7 +194,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalize(x):
-    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # the CPU goes on
+    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # no wait for the GPU
     return (x - mean) / std
 
 
@@ -299,11 +301,11 @@ class LARS(torch.optim.SGD):
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]  # torch._foreach_* takes all tensors of a list at once
-        w, g = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
+        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
         torch._foreach_add_(grads, weights, alpha=self.weight_decay)
         if self.eta:
-            ratio = self.eta * w / (g + self.weight_decay * w + 1e-8)
-            ratio = torch.where((w > 0) & (g > 0), ratio, 1)
+            ratio = self.eta * w_norm / (g_norm + self.weight_decay * w_norm + 1e-8)
+            ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1)
             torch._foreach_mul_(grads, ratio.unbind())  # each tensor has its own ratio
         super().step()
 
@@ -321,8 +323,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     """Train with the settings args, as parse_args returns them. Parts of your own replace what
     args describe:
 
-    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. Weights of its
-        own are not trained: they belong into the network.
+    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. If it needs
+        layers that are trained, put them at the end of the network.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
     augment: a subclass of MultiViewAugment (the class itself)
     data: a pair, images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
@@ -337,7 +339,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    if data and args.recipe == "patterns":  # which is also the recipe if none is named
+    if data and args.recipe == "patterns":  # no recipe was named, and this one is for textures
         raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
     data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(data.labels)
@@ -355,7 +357,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                      weight_decay=args.weight_decay, eta=args.eta)
     optimizer = optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # the checkpoint's are decayed
+    peaks = [group["lr"] for group in optimizer.param_groups]  # before loading decayed ones
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
@@ -374,10 +376,11 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, parts)  # so that this folder refuses other settings
+            save(out, log, settings, 0, parts)  # another command finds these settings, and stops
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
-    # One stream serves all epochs, because it takes seconds to start loader workers.
+    # One stream serves all epochs, because it takes seconds to start loader workers. They call
+    # augment.crop() on images from files. Those in memory come whole.
     stream = image_batches(data, shares, augment.crop, device, args.workers, args.seed,
                            first_step=start * steps)
     warmup, total = args.warmup_epochs * steps, args.epochs * steps
@@ -387,13 +390,13 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         model.train()
         for k, images in enumerate(islice(stream, steps)):
             step = epoch * steps + k
-            torch.manual_seed(hash((args.seed, step, rank)))  # the same again in a continued run
+            torch.manual_seed(hash((args.seed, step, rank)))  # integers hash alike in every run
             views = augment(images)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
             loss = loss_fn(z)
             optimizer.zero_grad()
-            scaler.scale(world * loss).backward()  # DDP divides by world; gather() wants the sum
+            scaler.scale(world * loss).backward()  # DDP takes the mean; see gather()
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * lr_scale(step, warmup, total)
             scaler.step(optimizer)
@@ -423,7 +426,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, parts)
     bar.close()
-    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # which it does not know
+    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # eval_linear.py needs them
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -435,8 +438,8 @@ def progress(*args, **options):
 
 
 def read_numbers(loss, z, network, args, epoch):
-    """Numbers for the log. It has those of the packing for any loss, because they show a collapse.
-    Raises UserError if the loss or a weight is not finite."""
+    """Numbers for the log. The packing's numbers are logged for any loss, because they show a
+    collapse. Raises UserError if the loss or a weight is not finite."""
     numbers = {"loss": loss} | packing_numbers(z, args.radius_scale, args.max_reach)
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
     numbers = {name: number.item() for name, number in numbers.items()}
@@ -455,7 +458,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt is an error: it would be overwritten
+    if not list(Path(out).glob("*.pt")):  # with a lone backbone.pt, loading fails below
         return None
     try:
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
@@ -510,7 +513,7 @@ def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(data, rows.split(256), crop, device, workers)
     bar = progress(batches, "features", total, leave=False)
-    # Images from files have been cropped by the loader, and crop() leaves them as they are.
+    # Images in memory are cropped here. Those from files have been cropped already.
     parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
     return torch.cat(parts).to(device)  # joined on the CPU, to need less memory of a GPU
 
@@ -556,7 +559,7 @@ class Data:
     """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
     images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
     labels: torch.Tensor  # int64 [n], -1 if unknown
-    files: np.ndarray = None  # n names; each loader worker would copy a list
+    files: np.ndarray = None  # n names; no list, which each loader worker would copy
     unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
@@ -600,8 +603,8 @@ def draw_patterns(n, seed):
 
 
 def load_data(name, split, limit=None, seed=0, own=None):
-    """The "train" or "test" images of one of DATASETS or of a folder; none, if a folder has no test
-    images. limit: keep this many images, chosen at random. own: a pair (images, labels)."""
+    """The "train" or "test" images of one of DATASETS or of a folder. Data is empty if a folder has
+    no test images. limit: keep this many, chosen at random. own: a pair (images, labels)."""
     if own:
         data = Data(*own)
         if data.images.dtype != torch.uint8:
@@ -666,9 +669,10 @@ def list_images(path, split):
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
-    numbers = {label: k for k, label in enumerate(classes)} if len(classes) > 1 else {}
+    if len(classes) < 2:  # a single folder is no class
+        classes, test, val = [], [], []
+    numbers = {label: k for k, label in enumerate(classes)}
     test = [x for x in test if x[1]] or [x for x in val if x[1]]
-    test = test if numbers else []  # without classes, there is nothing to test
     unknown = {label for _, label in test} - numbers.keys()
     if unknown:
         raise UserError(f"--data {path}: no training images of {', '.join(sorted(unknown))}")
@@ -722,15 +726,15 @@ def keep_in_memory(data):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """dataset[row, seed] is (image, problem): the transformed image in files[row], and "". If it
-    cannot be read, the next readable image takes its place, and `problem` is the error message."""
+    """dataset[row, seed] is (image, problem): the transformed image in files[row], and an empty
+    string. If it cannot be read, the next readable one takes its place, and problem says why."""
 
     def __init__(self, files, transform):
         self.files, self.transform = files, transform
 
     def __getitem__(self, item):
         (row, seed), problem = item, ""
-        torch.manual_seed(seed)  # the same crops, whichever worker makes them
+        torch.manual_seed(seed)  # for the same crops in any worker, and in this process
         for k in range(len(self.files)):
             try:
                 image = read_image(self.files[(row + k) % len(self.files)])
@@ -760,7 +764,7 @@ def image_batches(data, batches, transform, device, workers=0, seed=0, first_ste
     # Each image has a seed of its own. The hash of integers is the same in every process and run.
     items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
              for step, rows in enumerate(batches, first_step))
-    loader = torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(  # which asks ImageFiles for each of a list of items
         ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
     for images, problems in loader:
@@ -807,7 +811,8 @@ def from_all(value):
 
 
 def agree(facts):
-    """Raise UserError unless all processes have the same facts, a dict."""
+    """Raise UserError unless all processes have the same facts, a dict. If they have different run
+    folders, their first epochs differ."""
     for other in from_all(facts):
         if differences(facts, other):
             raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
@@ -815,8 +820,9 @@ def agree(facts):
 
 
 def gather(z):
-    """z [m, b, d] of each process -> [m, world * b, d], with a gradient for this process's part.
-    The sum of the processes' gradients is that of the whole batch."""
+    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient, so
+    that of the whole batch is the sum over the processes. DDP takes the mean instead: multiply the
+    loss by their number."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -827,7 +833,7 @@ def gather(z):
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts.
+# A recipe is a list of flags. If a flag comes twice, the last one counts. --data may be a folder.
 # SMALL has the ImageNet stem, because a CPU takes 16 times as long for the CIFAR stem. Two views
 # gave better features with a reach of 1.2 than with the authors' 1.5.
 SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
@@ -910,7 +916,7 @@ def parse_args(argv=None):
     by_data = {None: "patterns", "patterns": "patterns", "cifar10": "small", "cifar100": "small"}
     recipe = known.recipe or by_data.get(known.data, "photos")
     parser.epilog = f"The recipe {recipe}: {RECIPES[recipe]}"
-    add("-h", "--help", action="help", help="show this and exit")
+    add("-h", "--help", action="help", help="show this and exit")  # only now, to show the recipe
     args = parser.parse_args(["--recipe", recipe, *RECIPES[recipe].split(), *argv])
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale.sort()
@@ -936,7 +942,7 @@ def command_line(main):
     try:
         main()
     except Exception as error:
-        message = str(error).split("UserError: ")[-1].strip()  # a loader worker's has a traceback
+        message = str(error).split("UserError: ")[-1].strip()  # DataLoader adds a traceback
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:

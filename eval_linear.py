@@ -5,14 +5,15 @@
     python eval_linear.py runs/cifar10 --random-init        the same network untrained: the floor
     python eval_linear.py runs/cifar10 --data cifar100      on other images
     python eval_linear.py runs/cifar10 --labels 0.01        on 1 % of the labels of each class
-    python eval_linear.py runs/cifar10 --labels names.txt   on the labels of these files
+    python eval_linear.py runs/cifar10 --labels names.txt   on the labels of the images named there
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
 The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
 of the training images picks its learning rate. Then it is trained on all of them, and tested once.
 The result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
-backbone finds alike. Without labels there is no result, and features.pt gets all features.
+backbone finds alike. If the images have no labels, there is no result, but features.pt: the names
+of all training images and their features.
 """
 
 import argparse
@@ -36,9 +37,9 @@ import clamp
 class Split:
     """Some images of a clamp.Data and their features."""
     data: clamp.Data
-    rows: torch.Tensor  # [n], their places in data
-    labels: torch.Tensor  # [n]
-    features: torch.Tensor  # [n, f]
+    rows: torch.Tensor  # [n], their places in data; on the CPU, like data.labels
+    labels: torch.Tensor  # [n], on the device
+    features: torch.Tensor  # [n, f], on the device
 
     def part(self, places):
         return Split(self.data, self.rows[places], self.labels[places], self.features[places])
@@ -53,8 +54,8 @@ def load_backbone(path, pretrained=True, backbone=None):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if backbone is None:
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if backbone.state_dict().keys() != saved["backbone"].keys():
-            raise ValueError("other weights")
+        if backbone.state_dict().keys() != saved["backbone"].keys():  # also if not pretrained
+            raise ValueError
         if pretrained:
             backbone.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many types
@@ -64,9 +65,9 @@ def load_backbone(path, pretrained=True, backbone=None):
 
 
 def choose_rows(data, rows, part):
-    """The rows whose labels are used. part: None for all rows; a fraction, for so many of the first
-    rows of each class; or a text file with the names of image files, separated by white space, such
-    as SimCLR's of ImageNet."""
+    """Those of the rows, which are in random order, whose labels are used. part: None for all; a
+    fraction, for the first rows of each class; or a text file with the names of image files,
+    separated by white space, such as SimCLR's of ImageNet."""
     if part is None:
         return rows
     if isinstance(part, float):
@@ -80,16 +81,17 @@ def choose_rows(data, rows, part):
     files = [] if data.files is None else [Path(data.files[row]).name for row in rows]
     kept = torch.tensor([name in names for name in files], dtype=torch.bool)
     if not names or kept.sum() != len(names):
-        raise clamp.UserError(f"--labels {part}: {len(names)} names, of which {kept.sum()} are "
-                              "training files; each has to be one")
+        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {kept.sum()} training "
+                              "files; each has to fit one")
     return rows[kept]
 
 
 def extract(network, data, rows, options):
-    """The network's outputs [n, f] for the images `rows` [n]. Each process computes a share."""
+    """The network's outputs [n, f] for the images `rows` [n]. Each process computes a share.
+    options: size, device, dtype and workers, as clamp.extract_features takes them."""
     rank, world = clamp.rank_and_world()
     share = math.ceil(len(rows) / world)
-    # All shares must be equally long, so the last process may add some of the first rows.
+    # The shares must be equally long, so the last go on with the first rows. These are cut off.
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
     if world == 1:
@@ -112,7 +114,8 @@ class CropAndFlip(clamp.MultiViewAugment):
 
 
 def schedule(split, args):
-    """For each step, the batch as places [b] in the split, and the factor on the learning rate."""
+    """For each step, the batch as places [b] in the split, and the factor on the learning rate. An
+    incomplete last batch of an epoch is left out."""
     n = len(split.rows)
     steps = args.epochs * (n // args.batch_size)
     batches = clamp.draw_batches(n, args.batch_size, range(args.epochs), args.seed)
@@ -125,12 +128,14 @@ def augmented_images(split, args, options):
     randomly cropped and flipped."""
     rank, world = clamp.rank_and_world()
     augment = CropAndFlip(options["size"], views=1)
+    # The same batches again, because they follow from the arguments alone.
     batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
     shares = (split.rows[batch.chunk(world)[rank]] for batch in batches)
-    stream = clamp.image_batches(  # crops only images from files; augment() crops the others
+    stream = clamp.image_batches(
         split.data, shares, augment.crop, options["device"], options["workers"], args.seed)
     for step, images in enumerate(stream):
-        torch.manual_seed(hash((args.seed, step, rank)))  # the crops depend on nothing else
+        torch.manual_seed(hash((args.seed, step, rank)))
+        # Images from files have been cropped by augment.crop. augment() crops those in memory.
         yield augment(images)[0]
 
 
@@ -158,11 +163,11 @@ def probe(train, test, rates, classes, backbone, args, options):
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, next(images), options["dtype"])
-                x = clamp.gather(x[None])[0]  # gather() takes [views, n, f]
+                x = clamp.gather(x[None])[0]  # of the whole batch; gather() takes [views, n, f]
         z = logits(x).transpose(1, 2)  # [b, classes, rates]
         loss = F.cross_entropy(z, y[:, None].expand(-1, len(rates)), reduction="none").mean(0)
         optimizer.zero_grad()
-        (loss * rates).sum().backward()  # so lr times the gradient has each classifier's own rate
+        (loss * rates).sum().backward()  # each classifier has its rate, as a factor on its loss
         optimizer.param_groups[0]["lr"] = scale
         optimizer.step()
     with torch.no_grad():
@@ -170,9 +175,9 @@ def probe(train, test, rates, classes, backbone, args, options):
 
 
 def finetune(train, test, rates, classes, backbone, args, options):
-    """Train a classifier and a copy of the backbone on augmented images, with one learning rate
-    after the other. That of the backbone is 0.05 of the classifier's (arXiv 2506.13717). Returns
-    logits of test [rates, n, classes]."""
+    """For each learning rate anew, train a classifier and a copy of the backbone on augmented
+    images. The rate is the classifier's, and the backbone has 0.05 of it (arXiv 2506.13717).
+    Returns logits of test [rates, n, classes]."""
     (rank, world), device, dtype = clamp.rank_and_world(), options["device"], options["dtype"]
     logits = []
     for rate in rates:
@@ -185,20 +190,20 @@ def finetune(train, test, rates, classes, backbone, args, options):
         images = augmented_images(train, args, options)
         for batch, scale in schedule(train, args):
             share = batch.chunk(world)[rank].to(device, non_blocking=True)
-            z = clamp.embed(model, next(images), dtype)
+            z = clamp.embed(model, next(images), dtype)  # logits
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(z, train.labels[share])).backward()
             slow, fast = optimizer.param_groups
             slow["lr"], fast["lr"] = 0.05 * rate * scale, rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, batch norm differs between processes. A call of DDP takes the first one's.
+        # On CPUs, the processes differ in their batch norm. DDP gives all of them the first one's.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. The logits of a learning rate that is too large are NaN."""
+    """Top-k accuracy in %. With too large a learning rate, logits may be NaN; they count as 0."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
@@ -214,6 +219,7 @@ def draw_neighbours(split, untrained, options, path):
         x = F.normalize(x).cpu()
         cosine = (x[:12] @ x.T).fill_diagonal_(-1)  # an image is not its own neighbour
         columns.append(split.rows[cosine.topk(min(8, len(x) - 1)).indices])
+    # image_batches() crops images from files, and crop(x) those in memory. A batch is one row.
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
     image, near, near_untrained = (  # each [12, images, 3, 64, 64]
         torch.stack([crop(x) for x in clamp.image_batches(split.data, rows, crop, cpu)])
@@ -234,7 +240,7 @@ def evaluate(args, backbone=None, data=None):
     rank, world = clamp.rank_and_world()
     torch.manual_seed(args.seed)  # every process builds the same random network
     untrained = None if backbone else load_backbone(args.run, pretrained=False)[0].to(device)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # --random-init is this untrained network
     backbone, saved = load_backbone(args.run, not args.random_init, backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     settings, name = saved["settings"], args.data or saved["settings"]["data"]
@@ -251,13 +257,14 @@ def evaluate(args, backbone=None, data=None):
     if len(rows) and not len(test_rows):
         fifth = math.ceil(len(rows) / 5)
         test_data, test_rows, rows = train_data, rows[:fifth], rows[fifth:]
-    if len(rows):
+    if not len(rows):  # without labels, look at all training images
+        test = make_split(train_data, torch.arange(len(train_data.labels)), backbone, options)
+    else:
         rows = choose_rows(train_data, rows, args.labels)
         train = make_split(train_data, rows, backbone, options)
         test = make_split(test_data, test_rows, backbone, options)
-    else:
-        test = make_split(train_data, torch.arange(len(train_data.labels)), backbone, options)
-    unreadable = train_data.unreadable | test_data.unreadable
+    # Each process has met the unreadable files of its share.
+    unreadable = set().union(*clamp.from_all(train_data.unreadable | test_data.unreadable))
     if unreadable:
         raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
                               "remove them")
@@ -270,7 +277,7 @@ def evaluate(args, backbone=None, data=None):
             print(f"no labels: {folder}/features.pt has the features of {len(test.rows)} images")
         return None
 
-    tenth = math.ceil(len(rows) / 10)
+    tenth = math.ceil(len(rows) / 10)  # of the rows, which are in random order
     rest, held_out = train.part(slice(tenth, None)), train.part(slice(tenth))
     if args.batch_size % world or args.batch_size > len(rest.rows):
         raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {len(rest.rows)}, "
@@ -289,12 +296,13 @@ def evaluate(args, backbone=None, data=None):
     if rank == 0:
         print(f"backbone after {saved['epoch']} of {settings['epochs']} epochs")
         if test_data is train_data:
-            print(f"no test set: {len(test.rows)} images are held out, which the backbone has seen "
-                  "without labels")
+            print(f"no test set: {len(test.rows)} images are held out. If the backbone was trained "
+                  "on this folder, it has seen them, without labels.")
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")
-        print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result)
-              + " (20-NN before fine-tuning)" * args.finetune)
+        print("test:  top-1 {top1:.2f} %   top-5 {top5:.2f} %   20-NN {knn:.2f} %".format(**result))
+        if args.finetune:
+            print("20-NN is that of the backbone before fine-tuning.")
         print(json.dumps(result))
         with open(folder / "linear.jsonl", "a") as file:
             file.write(json.dumps(result | {"settings": vars(args)}) + "\n")
@@ -303,10 +311,11 @@ def evaluate(args, backbone=None, data=None):
 
 def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
+    number = clamp.number
+
     def fraction_or_file(text):
         return text if Path(text).is_file() else number(float, 1e-6, 1)(text)
 
-    number = clamp.number
     parser = argparse.ArgumentParser(
         "eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
         description="Evaluate a backbone. Defaults stand in brackets.")
