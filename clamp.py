@@ -333,14 +333,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
     args = json.loads(json.dumps(vars(args), default=str))  # plain types, which can be saved
     args = argparse.Namespace(**args)
+    if data and args.recipe == "patterns":  # no recipe was named, and this one is for textures
+        raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
+    args.data = "own" if data else args.data
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    if data and args.recipe == "patterns":  # no recipe was named, and this one is for textures
-        raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
     data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(data.labels)
     steps = n // args.batch_size  # of an epoch
@@ -605,10 +606,11 @@ def draw_patterns(n, seed):
 def load_data(name, split, limit=None, seed=0, own=None):
     """The "train" or "test" images of one of DATASETS or of a folder. Data is empty if a folder has
     no test images. limit: keep this many, chosen at random. own: a pair (images, labels)."""
-    if own:
+    if own is not None:
+        if [getattr(x, "dtype", None) for x in own] != [torch.uint8, torch.int64]:
+            raise UserError("data: give a pair of tensors, images uint8 [n, 3, H, W] and labels "
+                            "int64 [n]")
         data = Data(*own)
-        if data.images.dtype != torch.uint8:
-            raise UserError(f"data: the images are {data.images.dtype}; give uint8 from 0 to 255")
     elif name == "patterns":
         n, pattern_seed = (5000, 0) if split == "train" else (2000, 1)
         data = Data(*draw_patterns(n, pattern_seed))
@@ -847,7 +849,7 @@ RECIPES = {  # the first three are ours, the others are published
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
-    "photos": f"{SMALL} --data photos --size 64 --crop-scale .08 1 --epochs 100",
+    "photos": f"{SMALL} --data photos --size 64 --crop-scale .08 1 --epochs 50",
     "cifar10-published": """--data cifar10 --radius-scale 7 --max-reach 1.5 --views 16
         --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr .1 --eta 1e-3 --arch resnet18
         --stem cifar --projector 2048 256 --size 32 --crop-scale .08 1 --jitter .8 .8 .8 .2

@@ -234,7 +234,8 @@ def evaluate(args, backbone=None, data=None):
     """Evaluate args.run with the settings args, as parse_args returns them. Prints, writes and
     returns the result, or None if there are no labels.
 
-    backbone: a module of your own, images [n, 3, size, size] -> [n, f], to load the weights into
+    backbone: a module of your own, images [n, 3, size, size] -> [n, f], to load the weights into.
+        With --random-init its weights stay as they are, so make a new one.
     data: ((images, labels) to train on, (images, labels) to test on), as for clamp.train"""
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
@@ -243,7 +244,8 @@ def evaluate(args, backbone=None, data=None):
     torch.manual_seed(args.seed)  # --random-init is this untrained network
     backbone, saved = load_backbone(args.run, not args.random_init, backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last)
-    settings, name = saved["settings"], args.data or saved["settings"]["data"]
+    settings, epoch = saved["settings"], 0 if args.random_init else saved["epoch"]
+    name = "own" if data else args.data or settings["data"]
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
 
@@ -291,10 +293,10 @@ def evaluate(args, backbone=None, data=None):
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "n_train": len(rows), "n_test": len(test.rows), "data": "own" if data else name,
-              "epoch": saved["epoch"], "epochs": settings["epochs"]}
+              "n_train": len(rows), "n_test": len(test.rows), "data": name,
+              "epoch": epoch, "epochs": settings["epochs"]}
     if rank == 0:
-        print(f"backbone after {saved['epoch']} of {settings['epochs']} epochs")
+        print(f"backbone after {epoch} of {settings['epochs']} epochs")
         if test_data is train_data:
             print(f"no test set: {len(test.rows)} images are held out. If the backbone was trained "
                   "on this folder, it has seen them, without labels.")
