@@ -50,9 +50,9 @@ def balls(z, radius_scale=7.0, center=True):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    min(m, d) is roughly the number of directions in which m points can vary. (The authors
-    take m, not m - 1.) center: subtract the mean of all embeddings before they are put on the
-    sphere, as the authors' code does. float64 stays, other types become float32."""
+    (m points vary in m - 1 directions at most, but the authors' code has min(m, d).)
+    center: subtract the mean of all embeddings before they are put on the sphere, as the authors'
+    code does. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -66,9 +66,8 @@ def balls(z, radius_scale=7.0, center=True):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart, and -inf if i = j. As in the authors' code, it is -inf, too, for
-    centres closer than 1e-3. So a collapse to one point has no energy, but training does not find
-    it, because the energy grows while centres approach each other."""
+    for balls that are apart, and -inf for centres closer than 1e-3, which includes i = j. max_reach
+    and 1e-3 come from the authors' code."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
     distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist has gradient 0 at distance 0
     reach = (radii[:, None] + radii).clamp(max=max_reach)
@@ -124,8 +123,8 @@ def random_boxes(x, scale):
 def resize_weights(start, length, size, full):
     """W [n, size, full] so that W @ line resizes line[start:start + length] to `size` pixels, for a
     line of `full` pixels and start, length [n]. As in bilinear resizing with antialiasing, an old
-    pixel's weight in a new one falls linearly with their distance. It is 0 from a distance of one
-    new pixel on, or of one old pixel, if these are larger."""
+    pixel's weight in a new one falls linearly with their distance. It reaches 0 at a distance of
+    one new or one old pixel, whichever is larger."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size  # old pixels per new pixel
     old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], measured from start
@@ -194,7 +193,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalize(x):
-    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # no wait for the GPU
+    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # no wait for a GPU
     return (x - mean) / std
 
 
@@ -326,14 +325,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. If it needs
         layers that are trained, put them at the end of the network.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: a subclass of MultiViewAugment (the class itself)
+    augment: a subclass of MultiViewAugment, not an instance of it
     data: a pair, images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
     args = json.loads(json.dumps(vars(args), default=str))  # plain types, which can be saved
     args = argparse.Namespace(**args)
-    if data and args.recipe == "patterns":  # no recipe was named, and this one is for textures
+    if data and args.recipe == "patterns":  # parse_args' default, for drawn textures only
         raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
     args.data = "own" if data else args.data
     device, dtype = start_processes(args)
@@ -377,7 +376,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, parts)  # another command finds these settings, and stops
+            save(out, log, settings, 0, parts)  # from now on, load_checkpoint() refuses others
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
     # One stream serves all epochs, because it takes seconds to start loader workers. They call
@@ -427,7 +426,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, parts)
     bar.close()
-    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # eval_linear.py needs them
+    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # it knows no others
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -459,7 +458,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    if not list(Path(out).glob("*.pt")):  # with a lone backbone.pt, loading fails below
+    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt fails below, lest it be overwritten
         return None
     try:
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
@@ -729,14 +728,15 @@ def keep_in_memory(data):
 
 class ImageFiles(torch.utils.data.Dataset):
     """dataset[row, seed] is (image, problem): the transformed image in files[row], and an empty
-    string. If it cannot be read, the next readable one takes its place, and problem says why."""
+    string. If it cannot be read, the next readable one takes its place (but not its label), and
+    problem says why."""
 
     def __init__(self, files, transform):
         self.files, self.transform = files, transform
 
     def __getitem__(self, item):
         (row, seed), problem = item, ""
-        torch.manual_seed(seed)  # for the same crops in any worker, and in this process
+        torch.manual_seed(seed)  # the same crops, however many workers there are
         for k in range(len(self.files)):
             try:
                 image = read_image(self.files[(row + k) % len(self.files)])
@@ -760,13 +760,13 @@ def image_batches(data, batches, transform, device, workers=0, seed=0, first_ste
     if data.images is not None:
         for rows in batches:
             images = data.images[rows.to(data.images.device, non_blocking=True)]
-            # A copy to the CPU has to be waited for, or it is read too early.
+            # If a copy from a GPU to the CPU were not waited for, it would be read too early.
             yield images.to(device, non_blocking=device.type == "cuda")
         return
     # Each image has a seed of its own. The hash of integers is the same in every process and run.
     items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
              for step, rows in enumerate(batches, first_step))
-    loader = torch.utils.data.DataLoader(  # which asks ImageFiles for each of a list of items
+    loader = torch.utils.data.DataLoader(  # a batch is ImageFiles[item] for each of a list of items
         ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
     for images, problems in loader:
@@ -813,8 +813,8 @@ def from_all(value):
 
 
 def agree(facts):
-    """Raise UserError unless all processes have the same facts, a dict. If they have different run
-    folders, their first epochs differ."""
+    """Raise UserError unless all processes have the same facts, a dict. For example, a node that
+    does not see the run folder has another first epoch than the others."""
     for other in from_all(facts):
         if differences(facts, other):
             raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
@@ -822,9 +822,9 @@ def agree(facts):
 
 
 def gather(z):
-    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient, so
-    that of the whole batch is the sum over the processes. DDP takes the mean instead: multiply the
-    loss by their number."""
+    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient,
+    and the whole gradient is the sum over the processes. DDP takes the mean, so the loss has
+    to be multiplied by the number of processes."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -835,7 +835,7 @@ def gather(z):
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts. --data may be a folder.
+# A recipe is a list of flags. If a flag comes twice, the last one counts.
 # SMALL has the ImageNet stem, because a CPU takes 16 times as long for the CIFAR stem. Two views
 # gave better features with a reach of 1.2 than with the authors' 1.5.
 SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
@@ -845,7 +845,7 @@ SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-siz
 IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
     --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
     --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-RECIPES = {  # the first three are ours, the others are published
+RECIPES = {  # the first three are ours, the others are published; --data imagenet is a folder
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
