@@ -41,7 +41,7 @@ class Split:
     labels: torch.Tensor  # [n], on the device
     features: torch.Tensor  # [n, f], on the device
 
-    def part(self, places):
+    def part(self, places):  # a slice
         return Split(self.data, self.rows[places], self.labels[places], self.features[places])
 
 
@@ -212,13 +212,16 @@ def draw_neighbours(split, untrained, options, path):
     """A picture with a dozen rows: an image, its eight nearest by the features, and its eight
     nearest by the features of an untrained backbone. They are sought among 5,000 images at most.
     Only one process needs to call this."""
-    split = split.part(torch.randperm(len(split.rows))[:5000])
+    split = split.part(slice(None, None, math.ceil(len(split.rows) / 5000)))
+    n = len(split.rows)
+    shown = torch.linspace(0, n - 1, min(12, n)).long()
     untrained_features = clamp.extract_features(untrained, split.data, split.rows, **options)
-    columns = [split.rows[:12, None]]
+    columns = [split.rows[shown, None]]
     for x in (split.features, untrained_features):
         x = F.normalize(x).cpu()
-        cosine = (x[:12] @ x.T).fill_diagonal_(-1)  # an image is not its own neighbour
-        columns.append(split.rows[cosine.topk(min(8, len(x) - 1)).indices])
+        cosine = x[shown] @ x.T
+        cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
+        columns.append(split.rows[cosine.topk(min(8, n - 1)).indices])
     # image_batches() crops images from files, and crop(x) those in memory. A batch is one row.
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
     image, near, near_untrained = (  # each [12, images, 3, 64, 64]

@@ -93,7 +93,7 @@ def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
         "participation_ratio": spread.sum() ** 2 / spread.square().sum()}
 
 
-@pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 4)])
+@pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 16)])
 @pytest.mark.parametrize("options", [
     {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.4)])
 def test_loss_gradient_and_numbers_equal_the_equations(shape, options):
@@ -106,7 +106,7 @@ def test_loss_gradient_and_numbers_equal_the_equations(shape, options):
     ours, expected, in_float32 = (torch.autograd.grad(x, z)[0] for x in (
         loss, expected, clamp.packing_loss(z.float(), **options)))
     assert_close(ours, expected, rtol=1e-9, atol=1e-10)
-    assert (in_float32 - expected).norm() < 1e-3 * expected.norm()
+    assert (in_float32 - expected).norm() < 1e-4 * expected.norm()
     ours = clamp.packing_numbers(z, **options)
     assert_close(ours, numbers, rtol=1e-6, atol=0, check_dtype=False)
     assert ours["neighbours"] > 0
@@ -619,7 +619,7 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     refused("another backbone", eval_linear.load_backbone, tmp_path)
     for out, recipe, data, words in (
             (tmp_path, "small", None, "holds a run with another data, own"),
-            (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images uint8"),
+            (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images"),
             (tmp_path / "new", "small", (images, labels.int()), "and labels int64"),
             (tmp_path / "new", "patterns", (images, labels), "name a recipe")):
         refused(words, train_once, out, "--limit", 70, "--recipe", recipe, data=data)

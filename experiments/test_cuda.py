@@ -94,7 +94,7 @@ def test_neighbours_are_copied_to_the_cpu_before_they_are_drawn():
         split = eval_linear.make_split(data, rows, nn.Flatten(), options)
         gpu.waits.clear()
         eval_linear.draw_neighbours(split, nn.Flatten(), options, "neighbours.png")
-    assert gpu.waits == {"draw_neighbours": 3, "extract_features": 2, "image_batches": 3 * 12}
+    assert gpu.waits == {"draw_neighbours": 2, "extract_features": 2, "image_batches": 3 * 12}
 
 
 @fake

@@ -335,7 +335,7 @@ def test_snippets_of_the_readme_train(code, tmp_path, monkeypatch):
     """On a few patterns in place of all data sets, in one epoch."""
     drawn = clamp.draw_patterns(64, 0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(clamp, "draw_patterns", lambda *_: drawn)
+    monkeypatch.setattr(clamp, "draw_patterns", lambda *_, **__: drawn)
     for name in "download", "list_images":
         monkeypatch.setattr(clamp, name, lambda *_: clamp.Data(*drawn))
     for script, few in (clamp, TINY), (eval_linear, ["--epochs", "1", "--batch-size", "32"]):
