@@ -476,24 +476,29 @@ def claim(out):
     try:
         open(out / "log.jsonl", "x").close()  # fails if it exists
     except FileExistsError:
-        raise UserError(f"{out}/log.jsonl exists; another run has begun here; give another --out")
+        raise UserError(f"{out}/log.jsonl is there without a checkpoint: another run is just "
+                        "beginning; give another --out, or remove it")
+
+
+def write(content, path):
+    """torch.save(), whose errors do not name the file."""
+    try:
+        torch.save(content, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); is the disk full?")
 
 
 def save(out, log, settings, epoch, parts):
     """Write log.jsonl, backbone.pt and checkpoint.pt. A run continues from checkpoint.pt alone. In
     case the process is killed, checkpoint.pt is replaced last, and whole."""
     state = {"epoch": epoch, "settings": settings}
-    files = {
-        "backbone": state | {"backbone": parts["network"].backbone.state_dict()},
-        "checkpoint": state | {"log": log} | {k: part.state_dict() for k, part in parts.items()}}
-    try:
-        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-        for name, content in files.items():
-            torch.save(content, out / f"{name}.part")
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{out}/: cannot be written ({error}); is the disk full?")
-    for name in files:
-        os.replace(out / f"{name}.part", out / f"{name}.pt")
+    backbone = parts["network"].backbone.state_dict()
+    write(state | {"backbone": backbone}, out / "backbone.part")
+    parts = {name: part.state_dict() for name, part in parts.items()}
+    write(state | {"log": log} | parts, out / "checkpoint.part")
+    (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    os.replace(out / "backbone.part", out / "backbone.pt")
+    os.replace(out / "checkpoint.part", out / "checkpoint.pt")
 
 
 # -------- read-out
@@ -646,9 +651,9 @@ def find_images(root):
         if not isinstance(error, FileNotFoundError):  # a missing root has no images
             raise error
 
-    found, seen = [], set()
+    found, seen = [], {str(folder) for folder in Path(root).resolve().parents}
     for at, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if os.path.realpath(at) in seen:  # a link has led back here
+        if os.path.realpath(at) in seen:  # a link has led back
             folders.clear()
             continue
         seen.add(os.path.realpath(at))
@@ -859,15 +864,15 @@ RECIPES = {  # the first three are ours, the others are published; --data imagen
 }
 
 
-def number(kind, low, high=math.inf):
+def within(kind, low, high=math.inf):
     """A flag's type: a finite int or float from low to high."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
             limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: give {limits}")
         return value
-    return parse
+    return number
 
 
 def data_name(text):
@@ -882,27 +887,27 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
         description="Train CLAMP. Defaults stand in brackets. The recipe sets the other flags.")
-    add, share = parser.add_argument, number(float, 0, 1)
+    add, share = parser.add_argument, within(float, 0, 1)
     add("--recipe", choices=RECIPES, help="(chosen by --data)")
     add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
-    add("--limit", type=number(int, 1), help="train on this many random images (all)")
+    add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--out", help="run folder (runs/<data>)")
-    add("--radius-scale", type=number(float, 1e-3), help="r_s, factor on the radii")
-    add("--max-reach", type=number(float, 1e-3), help="largest sum of two radii")
-    add("--views", type=number(int, 2), help="m, views of an image")
-    add("--batch-size", type=number(int, 2), help="b, images a step, over all processes")
-    add("--epochs", type=number(int, 1), help="passes over the images")
-    add("--warmup-epochs", type=number(float, 0), help="at most a third of the epochs")
-    add("--lr", type=number(float, 0), help="peak learning rate at batch size 256")
-    add("--eta", type=number(float, 0), help="LARS trust coefficient; 0: plain SGD")
-    add("--weight-decay", type=number(float, 0), default=1e-6,
+    add("--radius-scale", type=within(float, 1e-3), help="r_s, factor on the radii")
+    add("--max-reach", type=within(float, 1e-3), help="largest sum of two radii")
+    add("--views", type=within(int, 2), help="m, views of an image")
+    add("--batch-size", type=within(int, 2), help="b, images a step, over all processes")
+    add("--epochs", type=within(int, 1), help="passes over the images")
+    add("--warmup-epochs", type=within(float, 0), help="at most a third of the epochs")
+    add("--lr", type=within(float, 0), help="peak learning rate at batch size 256")
+    add("--eta", type=within(float, 0), help="LARS trust coefficient; 0: plain SGD")
+    add("--weight-decay", type=within(float, 0), default=1e-6,
         help="except on biases and batch norm (1e-6)")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="backbone")
     add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pool")
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero (off)")
-    add("--projector", type=number(int, 1), nargs="+", help="widths of its layers")
-    add("--size", type=number(int, 8), help="side of a view in pixels")
+    add("--projector", type=within(int, 1), nargs="+", help="widths of its layers")
+    add("--size", type=within(int, 8), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
     add("--flip-p", type=share, default=0.5, help="probability of a flip (0.5)")
     add("--jitter", type=share, nargs=4, help="brightness, contrast, saturation, hue")
@@ -933,9 +938,9 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count()),
+    add("--workers", type=within(int, 0), default=min(8, os.cpu_count()),
         help="loader processes, for each GPU (cores, at most 8)")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers (0)")
+    add("--seed", type=within(int, 0), default=0, help="seed of all random numbers (0)")
 
 
 def command_line(main):
@@ -945,7 +950,8 @@ def command_line(main):
         main()
     except Exception as error:
         message = str(error).split("UserError: ")[-1].strip()  # DataLoader adds a traceback
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "allocate memory" in message):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
             message = ("the loader workers lack shared memory; give --workers 0, or enlarge "

@@ -276,9 +276,9 @@ def evaluate(args, backbone=None, data=None):
     if rank == 0 and untrained and not args.random_init:
         draw_neighbours(test, untrained, options, folder / "neighbours.png")
     if not len(rows):
-        if rank == 0:
+        if rank == 0 and not args.random_init:
             files = None if train_data.files is None else train_data.files.tolist()
-            torch.save({"files": files, "features": test.features.cpu()}, folder / "features.pt")
+            clamp.write({"files": files, "features": test.features.cpu()}, folder / "features.pt")
             print(f"no labels: {folder}/features.pt has the features of {len(test.rows)} images")
         return None
 
@@ -316,10 +316,10 @@ def evaluate(args, backbone=None, data=None):
 
 def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
-    number = clamp.number
+    within = clamp.within
 
     def fraction_or_file(text):
-        return text if Path(text).is_file() else number(float, 1e-6, 1)(text)
+        return text if Path(text).is_file() else within(float, 1e-6, 1)(text)
 
     parser = argparse.ArgumentParser(
         "eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -327,15 +327,15 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
     add("--data", type=clamp.data_name, help="data set or folder (the run's)")
-    add("--limit", type=number(int, 1), help="train on this many random images (all)")
+    add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--labels", type=fraction_or_file, help="fraction of the labels, or file of names (all)")
     add("--random-init", action="store_true", help="the same network untrained: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
-    add("--lr", type=number(float, 0), nargs="+",
+    add("--lr", type=within(float, 0), nargs="+",
         help="learning rates to try (.001 .003 .01 .03 .1 .3; --finetune: .1 .2 .4 .6 .8)")
-    add("--epochs", type=number(int, 1), help="(100; --finetune: 20)")
-    add("--batch-size", type=number(int, 2), default=256, help="over all processes (256)")
+    add("--epochs", type=within(int, 1), help="(100; --finetune: 20)")
+    add("--batch-size", type=within(int, 2), default=256, help="over all processes (256)")
     clamp.add_machine_flags(parser)  # --device, --amp, --workers, --seed
     args = parser.parse_args(argv)
     rates = [0.1, 0.2, 0.4, 0.6, 0.8] if args.finetune else [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
