@@ -557,6 +557,8 @@ def knn_readout(network, readout, size, device, dtype):
 # -------- data
 DATASETS = "patterns", "cifar10", "cifar100"
 EXTENSIONS = *IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic"
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+          "valid": "val", "validation": "val"}  # names of folders, in any case
 
 
 @dataclass
@@ -669,8 +671,16 @@ def list_images(path, split):
     """Data of a folder, with the files' names only.
     Training images: all in train/, or without train/ all that are not in test/ or val/.
     Test images: all with a class in test/, or if there are none, in val/."""
-    train, test, val = (find_images(path / name) for name in ("train", "test", "val"))
-    train = train or [x for x in find_images(path) if x[1] not in ("test", "val")]
+    parts = {"train": [], "test": [], "val": []}
+    for name in os.listdir(path) if path.is_dir() else []:
+        if name.lower() in SPLITS:
+            parts[SPLITS[name.lower()]] += find_images(path / name)
+    train, test, val = parts.values()
+    if not any(label for _, label in train):
+        rest = [x for x in find_images(path) if (x[1] or "").lower() not in SPLITS]
+        if train and any(label for _, label in rest):
+            raise UserError(f"--data {path}: is train/ a class or the training images? Rename it")
+        train = train or rest
     if not train:
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
@@ -907,7 +917,7 @@ def parse_args(argv=None):
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero (off)")
     add("--projector", type=within(int, 1), nargs="+", help="widths of its layers")
-    add("--size", type=within(int, 8), help="side of a view in pixels")
+    add("--size", type=within(int, 32), help="side of a view in pixels")  # below 17, bf16 fails
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
     add("--flip-p", type=share, default=0.5, help="probability of a flip (0.5)")
     add("--jitter", type=share, nargs=4, help="brightness, contrast, saturation, hue")
@@ -940,7 +950,7 @@ def add_machine_flags(parser):
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
     add("--workers", type=within(int, 0), default=min(8, os.cpu_count()),
         help="loader processes, for each GPU (cores, at most 8)")
-    add("--seed", type=within(int, 0), default=0, help="seed of all random numbers (0)")
+    add("--seed", type=within(int, 0, 2**62), default=0, help="seed of all random numbers (0)")
 
 
 def command_line(main):

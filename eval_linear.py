@@ -77,12 +77,13 @@ def choose_rows(data, rows, part):
             places = (labels == label).nonzero()[:, 0]
             kept[places[:max(1, round(part * len(places)))]] = True
         return rows[kept]
-    names = set(Path(part).read_text().split())
+    names = set(Path(part).read_text(errors="surrogateescape").split())
     files = [] if data.files is None else [Path(data.files[row]).name for row in rows]
-    kept = torch.tensor([name in names for name in files], dtype=torch.bool)
-    if not names or kept.sum() != len(names):
-        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {kept.sum()} training "
+    fitting = [name for name in files if name in names]
+    if not names or sorted(fitting) != sorted(names):
+        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {len(fitting)} training "
                               "files; each has to fit one")
+    kept = torch.tensor([name in names for name in files])
     return rows[kept]
 
 

@@ -576,7 +576,7 @@ def test_interrupted_streamed_run_ends_as_the_whole_one(tmp_path):
 
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(whole_run, tmp_path):
-    refused("another run is just beginning; give another", train_once, tmp_path, optimizer=lambda p: (
+    refused("another run is just beginning; give", train_once, tmp_path, optimizer=lambda p: (
         train_once(tmp_path) or torch.optim.SGD(p, 0.1)))  # the first one has found no checkpoint
     assert_same_runs(whole_run, tmp_path)
 
