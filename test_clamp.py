@@ -266,6 +266,8 @@ def write_pictures(folder, n, sizes=ONE_SIZE, seed=0):
     "a/1:0 a/2.JPG:0 a/notes.txt b/1:1 b/deep/er/1.webp:1 c/1:2", "train/a/1:-1 test/a/1", "1:-1",
     "train/a/1:0 train/b/1:1 test/a/1:t0 test/b/1:t1 c/1 2", "a/1:0 b/1:1 3:-1", "a/1:-1 a/2:-1",
     "train/a/1:0 train/b/1:1 val/a/1:t0 test/1", "train/a/1:0 train/b/1:1 val/a/1 test/b/1:t1",
+    "Training/a/1:0 Training/b/1:1 Valid/a/1:t0",
+    "train/a/1:0 train/b/1:1 train/a/up>../.. test/b/1:t1",
     "a/1:0 b/1:1 val/a/1:t0", "train/1:-1 test/1", "a/1:0 b/1:1 b/up>.. ../x/1 c>../x c/1:2",
     "a/1:0 b/1:1 a/.2 a/._1.png .c/1 a/.thumbnails/1 __MACOSX/a/1 run/views run/checkpoint.pt"])
 def test_folders(names, tmp_path):
@@ -437,8 +439,9 @@ def test_labels_by_fraction_and_by_list(tmp_path):
     for part, kept in (None, rows.tolist()), (0.1, tenth), (str(names), [2, 100]):
         ours = eval_linear.choose_rows(data, rows, part).tolist()
         assert ours == [row for row in rows.tolist() if row in kept]
-    for few in rows[rows > 2], rows[rows > 100]:
-        refused("list: 2 names fit [01] training", eval_linear.choose_rows, data, few, str(names))
+    data.files[3] = "2/002.jpg"  # two files of one name, and none of the other
+    for few in rows[rows > 3], rows[rows > 100], rows[rows < 4]:
+        refused("list: 2 names fit [012] training", eval_linear.choose_rows, data, few, str(names))
 
 
 def test_without_labels_features_and_neighbours_are_written(tmp_path):
@@ -667,6 +670,7 @@ def refusal(capfd, script, *argv, **parts):
     ("--recipe imagenet1k", "/imagenet: no images there; give patterns, cifar10, cifar100, or a"),
     ("--data {tmp}/empty", "--data {tmp}/empty: no images there"),
     ("--data {tmp}/data", "--data {tmp}/data: no training images of B"),
+    ("--data {tmp}/bus", "is train/ a class or the training images?"),
     ("--data ", "--data: give a folder, or patterns, cifar10, cifar100"),
     ("--data cifar10", "--data cifar10: cannot download"), ("--out {tmp}/empty/x", "{tmp}/empty/x"),
     ("--device cuda", "no GPU for process 1; start fewer, or use --device cpu"),
@@ -674,7 +678,7 @@ def refusal(capfd, script, *argv, **parts):
     ("{run} --labels nosuch", "--labels: invalid fraction_or_"),
     ("{run} --limit 200", "--batch-size 256: must be at most 180, the images to train on")])
 def test_bad_flags_give_one_line(flags, words, whole_run, tmp_path, capfd, monkeypatch):
-    for name in "data/train/a", "data/train/b", "data/test/B", "empty":
+    for name in "data/train/a", "data/train/b", "data/test/B", "bus/car", "bus/train", "empty":
         write_pictures(tmp_path / name, name != "empty")
     (tmp_path / "empty/x").touch()
     before = {*tmp_path.rglob("*"), *whole_run.rglob("*")}
