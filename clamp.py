@@ -731,7 +731,7 @@ def keep_in_memory(data):
     sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
     sizes = Counter(x.shape[1:] for x in sample if x is not None)
     if not sizes:
-        raise UserError(f"{data.files[0]} and other images cannot be read")
+        read_image(data.files[0])  # raises its error
     (height, width), count = sizes.most_common(1)[0]
     if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
         return
