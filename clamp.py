@@ -672,7 +672,7 @@ def list_images(path, split):
     Training images: all in train/, or without train/ all that are not in test/ or val/.
     Test images: all with a class in test/, or if there are none, in val/."""
     parts = {"train": [], "test": [], "val": []}
-    for name in os.listdir(path) if path.is_dir() else []:
+    for name in sorted(os.listdir(path)) if path.is_dir() else []:
         if name.lower() in SPLITS:
             parts[SPLITS[name.lower()]] += find_images(path / name)
     train, test, val = parts.values()

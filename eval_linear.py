@@ -274,6 +274,11 @@ def evaluate(args, backbone=None, data=None):
     if unreadable:
         raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
                               "remove them")
+    tenth = math.ceil(len(rows) / 10)  # of the rows, which are in random order
+    n = len(rows) - tenth
+    if len(rows) and (args.batch_size % world or args.batch_size > n):  # before a file is written
+        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
+                              f"train on, and divisible by {world}, the number of processes")
     if rank == 0 and untrained and not args.random_init:
         draw_neighbours(test, untrained, options, folder / "neighbours.png")
     if not len(rows):
@@ -283,12 +288,7 @@ def evaluate(args, backbone=None, data=None):
             print(f"no labels: {folder}/features.pt has the features of {len(test.rows)} images")
         return None
 
-    tenth = math.ceil(len(rows) / 10)  # of the rows, which are in random order
     rest, held_out = train.part(slice(tenth, None)), train.part(slice(tenth))
-    if args.batch_size % world or args.batch_size > len(rest.rows):
-        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {len(rest.rows)}, "
-                              f"the images to train on, and divisible by {world}, the number of "
-                              "processes")
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
     sweep = [accuracy(logits, held_out.labels) for logits in fit(rest, held_out, args.lr)]
