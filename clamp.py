@@ -22,7 +22,6 @@ import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.ops import roi_align
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -50,7 +50,8 @@ def balls(z, radius_scale=7.0, center=True):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    (m points vary in m - 1 directions at most, but the authors' code has min(m, d).)
+    (min(m, d) as in the authors' code. The exact rank of L_i is at most m - 1.)
+    radius_scale: with 7, r_i + r_j is above max_reach until the views of an image nearly agree.
     center: subtract the mean of all embeddings before they are put on the sphere, as the authors'
     code does. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
@@ -66,10 +67,10 @@ def balls(z, radius_scale=7.0, center=True):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart, and -inf for centres closer than 1e-3, which includes i = j. max_reach
-    and 1e-3 come from the authors' code."""
+    for balls that are apart, and -inf for pairs that are left out: i = j, and, as in the authors'
+    code, all centres closer than 1e-3. max_reach comes from their code, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist has gradient 0 at distance 0
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # its gradient at i = j is 0, not NaN
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -79,7 +80,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale, center), max_reach)
-    energy = x.relu().square().sum() / 2  # replace this by another potential >= 0
+    energy = x.relu().square().sum() / 2  # replace this by another potential >= 0, with f(-inf) = 0
     return (energy + 1e-6).log()
 
 
@@ -101,50 +102,26 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 # -------- augmentation
 
-def random_boxes(x, scale):
-    """Crop boxes (top, left, height, width), [4, n], for x [n, 3, h, w], drawn as RandomResizedCrop
-    draws them: the first of ten tries that fits into the image, or else its middle."""
-    n, _, height, width = x.shape
-    area = height * width * torch.empty(10, n, device=x.device).uniform_(*scale)
+def random_boxes(n, height, width, scale, device):
+    """n crop boxes (left, top, right, bottom), [n, 4], for images of height x width. As in
+    RandomResizedCrop, a box is the first of ten tries that fits into the image. If none fits, it is
+    the largest with sides between 3:4 and 4:3, at a random place (there: in the middle)."""
+    # The tries are [10, n].
+    area = height * width * torch.empty(10, n, device=device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
-    found, first = fits.any(0), fits.int().argmax(0)  # argmax returns the first maximum
-    column = torch.arange(n, device=x.device)
-    # If none fits, the largest box in the middle whose sides are between 3:4 and 4:3.
-    h = torch.where(found, h[first, column], min(height, round(width * 4 / 3)))
-    w = torch.where(found, w[first, column], min(width, round(height * 4 / 3)))
-    u, v = torch.rand(2, n, device=x.device)
-    top = torch.where(found, (u * (height - h + 1)).floor(), (height - h) // 2)
-    left = torch.where(found, (v * (width - w + 1)).floor(), (width - w) // 2)
-    return torch.stack([top, left, h, w])
-
-
-def resize_weights(start, length, size, full):
-    """W [n, size, full] so that W @ line resizes line[start:start + length] to `size` pixels, for a
-    line of `full` pixels and start, length [n]. As in bilinear resizing with antialiasing, an old
-    pixel's weight in a new one falls linearly with their distance. It reaches 0 at a distance of
-    one new or one old pixel, whichever is larger."""
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length / size  # old pixels per new pixel
-    old = torch.arange(full, device=start.device) + 0.5 - start  # [n, 1, full], measured from start
-    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # [n, size, 1]
-    weight = (1 - (old - new).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = torch.where((0 < old) & (old < length), weight, 0)
-    return weight / weight.sum(2, keepdim=True)
-
-
-def resized_crop(x, boxes, size):
-    """Cut a box [4, n] out of each image x [n, 3, h, w] and resize it: -> [n, 3, size, size]. This
-    takes matrix products, because F.interpolate knows no boxes."""
-    top, left, height, width = boxes
-    vertical = resize_weights(top, height, size, x.shape[2])[:, None]  # [n, 1, size, h]
-    horizontal = resize_weights(left, width, size, x.shape[3])[:, None]  # [n, 1, size, w]
-    return vertical @ x @ horizontal.mT
+    first = fits.int().argmax(0, keepdim=True)  # argmax returns the first maximum
+    h = torch.where(fits.any(0), h.gather(0, first)[0], min(height, round(width * 4 / 3)))
+    w = torch.where(fits.any(0), w.gather(0, first)[0], min(width, round(height * 4 / 3)))
+    u, v = torch.rand(2, n, device=device)
+    left, top = (u * (width - w + 1)).floor(), (v * (height - h + 1)).floor()
+    return torch.stack([left, top, left + w, top + h], 1)
 
 
 # The next functions compute what torchvision's do, on images x [n, 3, h, w] with values in 0..1.
 # But each image has its own change or sigma [n, 1, 1, 1]. A change or sigma of 0 does nothing.
+# 1 + change is torchvision's factor. For hue, it is the change itself.
 
 def brightness(x, change):
     return (x * (1 + change)).clamp(0, 1)
@@ -161,7 +138,7 @@ def saturation(x, change):
 
 def hue(x, change):
     """Shift the hue by `change` turns of the colour circle: from RGB to HSV and back."""
-    red, green, blue = x.unbind(1)
+    red, green, blue = x.unbind(1)  # [n, h, w] each
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)
     angle = torch.where(  # in sixths of a turn: red is 0, green 2, blue 4
@@ -176,14 +153,15 @@ def hue(x, change):
 
 
 def gaussian_blur(x, sigma, kernel):
-    """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels."""
+    """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels. All channels of all
+    images go through one convolution, as groups with a kernel each."""
     n, channels, height, width = x.shape
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     sigma = sigma.view(n, 1).clamp(min=1e-3)  # at 0, only the middle tap counts
     weights = (-0.5 * (taps / sigma).square()).softmax(1)  # a Gaussian whose sum is 1
     weights = weights.repeat_interleave(channels, 0)[:, None]  # [n * channels, 1, kernel]
     x = F.pad(x, [kernel // 2] * 4, mode="reflect").flatten(0, 1)[None]  # [1, n * channels, ...]
-    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)  # a group is a channel of an image
+    x = F.conv2d(x, weights[:, :, :, None], groups=n * channels)
     x = F.conv2d(x, weights[:, :, None, :], groups=n * channels)
     return x.view(n, channels, height, width)
 
@@ -210,27 +188,30 @@ class MultiViewAugment:
     blur_p: tuple = (0.5,)  # view k uses blur_p[k % len(blur_p)], and solarize_p alike
     solarize_p: tuple = (0.0,)
 
-    def __call__(self, images):
-        """uint8 images [b, 3, H, W], or uint8 crops [b, m, 3, size, size] that the loader has made
-        by crop(), -> normalised float32 views [m, b, 3, size, size]."""
-        if images.ndim == 4:
-            x = images.repeat(self.views, 1, 1, 1) / 255  # view 0 of all images comes first
-            x = resized_crop(x, random_boxes(x, self.crop_scale), self.size)
-        else:
-            x = images.transpose(0, 1).flatten(0, 1) / 255
-        x = torch.where(self.chance(x, [self.flip_p]), x.flip(3), x)
-        return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
+    def crop(self, images):
+        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. For a
+        single image [3, H, W] from a file, which may be large, [m, 3, size, size]."""
+        if images.ndim == 3:
+            crop = v2.RandomResizedCrop(self.size, self.crop_scale)
+            return torch.stack([crop(images) for _ in range(self.views)])
+        b, _, height, width = images.shape
+        boxes = random_boxes(b * self.views, height, width, self.crop_scale, images.device)
+        boxes = [*boxes.split(self.views)]  # m boxes of each image
+        # roi_align crops and resizes bilinearly. Where it shrinks, it averages.
+        crops = roi_align(images.float(), boxes, self.size, aligned=True).round().byte()
+        return crops.unflatten(0, (b, self.views))
 
-    def crop(self, image):
-        """An image from a file, uint8 [3, H, W] -> crops uint8 [m, 3, size, size]."""
-        crop = v2.RandomResizedCrop(self.size, self.crop_scale)
-        return torch.stack([crop(image) for _ in range(self.views)])
+    def __call__(self, crops):
+        """Crops uint8 [b, m, 3, size, size] -> normalised float32 views [m, b, 3, size, size]."""
+        x = crops.transpose(0, 1).flatten(0, 1) / 255  # view 0 of all images comes first
+        x = torch.where(self.chance(x, self.flip_p), x.flip(3), x)
+        return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
 
     def uniform(self, x, low, high):
         """A random number for each crop of x, [m * b, 1, 1, 1]."""
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
-    def chance(self, x, p):
+    def chance(self, x, *p):
         """True or false for each crop of x, [m * b, 1, 1, 1]: true with p[k % len(p)] in view k."""
         p = torch.tensor([p[k % len(p)] for k in range(self.views)])
         p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
@@ -238,28 +219,87 @@ class MultiViewAugment:
 
     def photometric(self, x):
         """Change the colours of crops x [m * b, 3, size, size] in 0..1, view 0's first."""
-        jittered = self.chance(x, [self.jitter_p])
+        jittered = self.chance(x, self.jitter_p)
         adjust = brightness, contrast, saturation, hue
         for j in torch.randperm(4).tolist():  # one order for all crops
             change = self.uniform(x, -self.jitter[j], self.jitter[j])
             x = adjust[j](x, torch.where(jittered, change, 0))
-        x = torch.where(self.chance(x, [self.gray_p]), v2.functional.rgb_to_grayscale(x), x)
-        sigma = torch.where(self.chance(x, self.blur_p), self.uniform(x, 0.1, 2.0), 0)
-        x = gaussian_blur(x, sigma, 2 * (self.size // 20) + 1)  # odd, about a tenth of the side
-        return torch.where(self.chance(x, self.solarize_p) & (x >= 0.5), 1 - x, x)
+        x = torch.where(self.chance(x, self.gray_p), v2.functional.rgb_to_grayscale(x), x)
+        sigma = torch.where(self.chance(x, *self.blur_p), self.uniform(x, 0.1, 2.0), 0)
+        x = gaussian_blur(x, sigma, 2 * (self.size // 20) + 1)  # 3 taps at 32 px, 23 at 224
+        return torch.where(self.chance(x, *self.solarize_p) & (x >= 0.5), 1 - x, x)
+
+
+# -------- processes
+
+def rank_and_world():
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_processes(args):
+    """Join torchrun's processes. Returns this one's device and the dtype of autocast."""
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"no GPU for process {local_rank + 1}; start fewer, or use --device cpu")
+    device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported()  # without it, bf16 is slow
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    amp = args.amp
+    if amp == "auto":
+        amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def from_all(value):
+    """The values that the processes have, as a list."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def agree(facts):
+    """Raise UserError unless all processes have the same facts, a dict."""
+    for other in from_all(facts):
+        if differences(facts, other):
+            raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
+                            "them the same flags, images and run folder")
+
+
+def gather(z):
+    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient,
+    and the whole gradient is the sum over the processes. DDP takes the mean, so the loss has
+    to be multiplied by the number of processes."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[rank] = z
+    return torch.cat(parts, 1)
 
 
 # -------- network and optimiser
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f].
-    stem: "imagenet", or "cifar" for small images: 3x3, stride 1, no max-pool.
+    stem: "imagenet", or "cifar" for small images: 3x3, stride 1, no max-pool. Its padding of 2
+        makes 34 px of 32, as the authors' does.
     zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     if stem == "cifar":
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)  # 32 -> 34 px, as the authors'
+        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)
         backbone.maxpool = nn.Identity()
     return backbone
 
@@ -289,7 +329,8 @@ class LARS(torch.optim.SGD):
     """SGD with weight decay and layer-wise rates (arXiv 1708.03888). For each weight tensor w, the
     gradient g becomes
         eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w).
-    The fraction is 1 if eta, |w| or |g| is 0. Biases and batch norm keep their gradients."""
+    The fraction is 1 if |w| or |g| is 0, or if eta = 0, which is plain SGD with weight decay.
+    Biases and batch norm keep their gradients."""
 
     def __init__(self, parameters, lr, momentum, weight_decay, eta):
         super().__init__(parameters, lr, momentum)
@@ -299,7 +340,8 @@ class LARS(torch.optim.SGD):
     def step(self):
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
-        grads = [p.grad for p in weights]  # torch._foreach_* takes all tensors of a list at once
+        grads = [p.grad for p in weights]
+        # torch._foreach_* takes all tensors of a list at once, because single calls are slow.
         w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
         torch._foreach_add_(grads, weights, alpha=self.weight_decay)
         if self.eta:
@@ -330,23 +372,23 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    args = json.loads(json.dumps(vars(args), default=str))  # plain types, which can be saved
-    args = argparse.Namespace(**args)
-    if data and args.recipe == "patterns":  # parse_args' default, for drawn textures only
+    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))  # plain types
+    if data and args.recipe == "patterns":  # parse_args' default: 3 epochs, for drawn textures
         raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
-    args.data = "own" if data else args.data
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
-    settings = vars(args) | {"own": [name for name in own if own[name] is not None]}
+    settings = vars(args) | {"own": [name for name in own if own[name] is not None],
+                             "data": "own" if data else args.data}
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    data = load_data(args.data, "train", args.limit, args.seed, data).to(device)
-    n = len(data.labels)
+    dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
+    n = len(dataset.labels)
     steps = n // args.batch_size  # of an epoch
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
+    # A node that does not see the run folder would start from epoch 0.
     agree(settings | {"number of images": n, "first epoch": start})
 
     torch.manual_seed(args.seed)  # for the weights
@@ -354,10 +396,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     augment = (augment or MultiViewAugment)(**{  # its fields are named as the settings
         f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
     network = place(network or build_network(args), device)
-    optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
-                                     weight_decay=args.weight_decay, eta=args.eta)
-    optimizer = optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # before loading decayed ones
+    make_optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
+                                          weight_decay=args.weight_decay, eta=args.eta)
+    optimizer = make_optimizer(network.parameters())
+    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has lower rates
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in parts.items():
@@ -368,10 +410,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
-        readout = pick_readout(data, args)
+        readout = pick_readout(dataset, args)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        classes = f"{len(readout.labels.unique())} classes" if readout else "unknown classes"
-        print(f"{args.data}: {n} images of {classes}, {steps} steps an epoch; "
+        classes = len(dataset.labels[dataset.labels >= 0].unique()) or "unknown"
+        print(f"{settings['data']}: {n} images of {classes} classes, {steps} steps an epoch; "
               f"torch {torch.__version__}, {world} x {name}, {dtype}; "
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
@@ -379,19 +421,19 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             save(out, log, settings, 0, parts)  # from now on, load_checkpoint() refuses others
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
-    # One stream serves all epochs, because it takes seconds to start loader workers. They call
-    # augment.crop() on images from files. Those in memory come whole.
-    stream = image_batches(data, shares, augment.crop, device, args.workers, args.seed,
+    # One stream of crops serves all epochs, because it takes seconds to start loader workers.
+    stream = image_batches(dataset, shares, augment.crop, device, args.workers, args.seed,
                            first_step=start * steps)
     warmup, total = args.warmup_epochs * steps, args.epochs * steps
     bar = progress(total=total, initial=start * steps, unit="step")
     for epoch in range(start, args.epochs):
         began, readings = time.time(), []
         model.train()
-        for k, images in enumerate(islice(stream, steps)):
+        for k in range(steps):
             step = epoch * steps + k
-            torch.manual_seed(hash((args.seed, step, rank)))  # integers hash alike in every run
-            views = augment(images)  # [m, b / world, 3, size, size]
+            crops = next(stream)  # [b / world, m, 3, size, size]
+            torch.manual_seed(seed_of(args.seed, step, rank))  # so that a run can be continued
+            views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
             loss = loss_fn(z)
@@ -406,27 +448,28 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             if step == 0 and rank == 0:
                 grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
                 save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
-            if k % math.ceil(steps / 20) == 0 or k + 1 == steps:  # rarely: a GPU has to wait
+            if k % math.ceil(steps / 20) == 0 or k + 1 == steps:  # not often: a GPU has to wait
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        data.unreadable.update(*from_all(data.unreadable))  # what all processes have found
+        dataset.unreadable.update(*from_all(dataset.unreadable))  # what any process has found
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
             record |= {x: sum(r[x] for r in readings) / len(readings) for x in readings[0]}
             if readout:
                 record["train_knn"] = knn_readout(network, readout, args.size, device, dtype)
-            if data.unreadable:
-                record["unreadable"] = len(data.unreadable)
+            if dataset.unreadable:
+                record["unreadable"] = len(dataset.unreadable)
             if device.type == "cuda":
                 record["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             bar.write(", ".join(f"{x} {number:.4g}" for x, number in record.items()))
             log.append(record)
             save(out, log, settings, epoch + 1, parts)
     bar.close()
-    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):  # it knows no others
+    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):
+        # The command line of eval_linear.py knows only networks and data that flags describe.
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -434,6 +477,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
 
 def progress(*args, **options):
     """A tqdm bar, in the first process and on a terminal only."""
+    # With disable=None, tqdm asks whether there is a terminal.
     return tqdm(*args, disable=None if rank_and_world()[0] == 0 else True, **options)
 
 
@@ -458,9 +502,9 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    if not list(Path(out).glob("*.pt")):  # a lone backbone.pt fails below, lest it be overwritten
+    if not Path(out, "checkpoint.pt").exists() and not Path(out, "backbone.pt").exists():
         return None
-    try:
+    try:  # this fails, too, if only backbone.pt is there; it would be overwritten
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
         changed = differences(settings, checkpoint["settings"])
     except Exception:  # torch.load raises many types
@@ -481,7 +525,7 @@ def claim(out):
 
 
 def write(content, path):
-    """torch.save(), whose errors do not name the file."""
+    """torch.save() with errors that name the file."""
     try:
         torch.save(content, path)
     except (OSError, RuntimeError) as error:
@@ -494,8 +538,8 @@ def save(out, log, settings, epoch, parts):
     state = {"epoch": epoch, "settings": settings}
     backbone = parts["network"].backbone.state_dict()
     write(state | {"backbone": backbone}, out / "backbone.part")
-    parts = {name: part.state_dict() for name, part in parts.items()}
-    write(state | {"log": log} | parts, out / "checkpoint.part")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    write(state | {"log": log} | states, out / "checkpoint.part")
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     os.replace(out / "backbone.part", out / "backbone.pt")
     os.replace(out / "checkpoint.part", out / "checkpoint.pt")
@@ -518,8 +562,7 @@ def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
     batches = image_batches(data, rows.split(256), crop, device, workers)
     bar = progress(batches, "features", total, leave=False)
-    # Images in memory are cropped here. Those from files have been cropped already.
-    parts = [embed(backbone, normalize(crop(x) / 255), dtype).cpu() for x in bar]
+    parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
     return torch.cat(parts).to(device)  # joined on the CPU, to need less memory of a GPU
 
 
@@ -543,12 +586,13 @@ def pick_readout(data, args):
         return None
     crop = partial(center_crop, size=args.size)
     batches = image_batches(data, rows.split(256), crop, torch.device("cpu"), args.workers)
-    images = torch.cat([crop(x) for x in progress(batches, "read-out", leave=False)])
+    images = torch.cat(list(progress(batches, "read-out", leave=False)))
     return Data(images, data.labels[rows])
 
 
 def knn_readout(network, readout, size, device, dtype):
-    """20-NN accuracy in %: half of the images are queries, the other half the bank."""
+    """20-NN accuracy in %: half of the images are queries, the other half the bank. They are in
+    random order."""
     n, y = len(readout.labels), readout.labels.to(device)
     x = extract_features(network.eval().backbone, readout, torch.arange(n), size, device, dtype)
     return knn_accuracy(x[n // 2:], y[n // 2:], x[:n // 2], y[:n // 2])
@@ -566,13 +610,18 @@ class Data:
     """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
     images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
     labels: torch.Tensor  # int64 [n], -1 if unknown
-    files: np.ndarray = None  # n names; no list, which each loader worker would copy
+    files: np.ndarray = None  # n names; each loader worker would copy a list
     unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
         if self.images is not None:
             self.images = self.images.to(device)
         return self
+
+    def select(self, rows):
+        images = None if self.images is None else self.images[rows]
+        files = None if self.files is None else self.files[rows.numpy()]
+        return Data(images, self.labels[rows], files, self.unreadable)
 
     def report(self, problem):
         if problem not in self.unreadable:
@@ -623,12 +672,9 @@ def load_data(name, split, limit=None, seed=0, own=None):
     else:
         data = download(name, split) if name in DATASETS else list_images(Path(name), split)
     if limit:
-        kept = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-        kept = kept[:limit].numpy()  # images and labels are tensors, files are a numpy array
-        data = Data(*(x if x is None else x[kept] for x in (data.images, data.labels, data.files)))
-    if data.images is None and len(data.files):
-        keep_in_memory(data)
-    return data
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
+        data = data.select(order[:limit])
+    return keep_in_memory(data) if data.images is None and len(data.files) else data
 
 
 def download(name, split):
@@ -646,41 +692,36 @@ def download(name, split):
     return Data(images, torch.tensor(data.targets))
 
 
-def find_images(root):
-    """(file, class) of each image below a folder, sorted. The class is the folder directly below
-    root, or None. Hidden names, __MACOSX and run folders are left out."""
+def list_images(path, split):
+    """Data of a folder, with the files' names only. Hidden names, __MACOSX and run folders are left
+    out. An image's class is the folder below path, or below path/train, path/test or path/val.
+    Training images: all in train/, or without train/ all that are not in test/ or val/.
+    Test images: all with a class in test/, or if there are none, in val/."""
     def fail(error):
-        if not isinstance(error, FileNotFoundError):  # a missing root has no images
+        if not isinstance(error, FileNotFoundError):  # a missing folder has no images
             raise error
 
-    found, seen = [], {str(folder) for folder in Path(root).resolve().parents}
-    for at, folders, names in os.walk(root, followlinks=True, onerror=fail):
+    parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
+    seen = {str(folder) for folder in path.resolve().parents}
+    for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
         if os.path.realpath(at) in seen:  # a link has led back
             folders.clear()
             continue
         seen.add(os.path.realpath(at))
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not Path(at, name, "checkpoint.pt").exists())
-        way = Path(at).relative_to(root).parts
-        found += [(os.path.join(at, name), way[0] if way else None) for name in sorted(names)
-                  if name[0] != "." and name.lower().endswith(EXTENSIONS)]
-    return found
+        way = Path(at).relative_to(path).parts
+        part = SPLITS.get(way[0].lower(), "") if way else ""
+        way = way[1:] if part else way
+        label = way[0] if way else None
+        parts[part] += [(os.path.join(at, name), label) for name in sorted(names)
+                        if name[0] != "." and name.lower().endswith(EXTENSIONS)]
 
-
-def list_images(path, split):
-    """Data of a folder, with the files' names only.
-    Training images: all in train/, or without train/ all that are not in test/ or val/.
-    Test images: all with a class in test/, or if there are none, in val/."""
-    parts = {"train": [], "test": [], "val": []}
-    for name in sorted(os.listdir(path)) if path.is_dir() else []:
-        if name.lower() in SPLITS:
-            parts[SPLITS[name.lower()]] += find_images(path / name)
-    train, test, val = parts.values()
+    train, test, val, others = parts.values()
     if not any(label for _, label in train):
-        rest = [x for x in find_images(path) if (x[1] or "").lower() not in SPLITS]
-        if train and any(label for _, label in rest):
+        if train and any(label for _, label in others):
             raise UserError(f"--data {path}: is train/ a class or the training images? Rename it")
-        train = train or rest
+        train = train or others
     if not train:
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
@@ -719,138 +760,88 @@ def read_image(file, size=None):
 
 def keep_in_memory(data):
     """Read all files now, if they need at most 4 GB, and most images in a sample have the same size
-    of at most 256 px. Images of other sizes are fitted to it."""
+    of at most 256 px. Images of other sizes are fitted to it. Returns data, with images or not."""
     def read(file, size=None):
         try:
             return read_image(file, size)
         except UserError as error:
-            if rank_and_world()[0] == 0:
+            if rank_and_world()[0] == 0:  # every process reads all files
                 data.report(str(error))
+            return None
 
     n = len(data.files)
     sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
     sizes = Counter(x.shape[1:] for x in sample if x is not None)
     if not sizes:
-        read_image(data.files[0])  # raises its error
+        read_image(data.files[0])  # raises its error, because none of the sample can be read
     (height, width), count = sizes.most_common(1)[0]
     if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
-        return
+        return data
     images = [read(file, (width, height)) for file in progress(data.files, "reading", leave=False)]
-    readable = [k for k in range(n) if images[k] is not None]
-    data.images = torch.stack([images[k] for k in readable])
-    data.labels, data.files = data.labels[readable], data.files[readable]
+    data = data.select(torch.tensor([k for k in range(n) if images[k] is not None]))
+    data.images = torch.stack([image for image in images if image is not None])
+    return data
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """dataset[row, seed] is (image, problem): the transformed image in files[row], and an empty
+    """dataset[row, seed] is (crop(image), problem) of the image in files[row]; problem is an empty
     string. If it cannot be read, the next readable one takes its place (but not its label), and
     problem says why."""
 
-    def __init__(self, files, transform):
-        self.files, self.transform = files, transform
+    def __init__(self, files, crop):
+        self.files, self.crop = files, crop
 
     def __getitem__(self, item):
         (row, seed), problem = item, ""
-        torch.manual_seed(seed)  # the same crops, however many workers there are
+        torch.manual_seed(seed)
         for k in range(len(self.files)):
             try:
                 image = read_image(self.files[(row + k) % len(self.files)])
-                return self.transform(image), problem
+                return self.crop(image), problem
             except UserError as error:
                 problem = problem or str(error)
         raise UserError(problem)
+
+
+def seed_of(*integers):
+    """A seed that follows from some integers, in every process and run."""
+    return hash(integers)
 
 
 def draw_batches(n, batch_size, epochs, seed):
     """Yields the row numbers [batch_size] of each step's images, for these epochs of n images. All
     processes draw the same. An incomplete last batch is left out."""
     for epoch in epochs:
-        generator = torch.Generator().manual_seed(hash((seed, epoch)))
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         yield from torch.randperm(n, generator=generator).split(batch_size)[:n // batch_size]
 
 
-def image_batches(data, batches, transform, device, workers=0, seed=0, first_step=0):
-    """For each tensor of rows in `batches`, these images on `device`: as they are if they are in
-    memory, or else read and transformed by `workers` processes."""
+def image_batches(data, batches, crop, device, workers=0, seed=0, first_step=0):
+    """Yields crop(images) on `device` for each tensor of rows in `batches`. Images in memory are
+    cropped together. Those in files are read and cropped one by one, by `workers` processes.
+
+    Random crops follow from the seed, the step and the rows alone, because torch is seeded anew for
+    each batch or file. (So a run can be continued, with any number of workers.)"""
     if data.images is not None:
-        for rows in batches:
-            images = data.images[rows.to(data.images.device, non_blocking=True)]
+        for step, rows in enumerate(batches, first_step):
+            torch.manual_seed(seed_of(seed, step, rows[0].item()))
+            crops = crop(data.images[rows.to(data.images.device, non_blocking=True)])
             # If a copy from a GPU to the CPU were not waited for, it would be read too early.
-            yield images.to(device, non_blocking=device.type == "cuda")
+            yield crops.to(device, non_blocking=device.type == "cuda")
         return
-    # Each image has a seed of its own. The hash of integers is the same in every process and run.
-    items = ([(row, hash((seed, step, row))) for row in rows.tolist()]
+    items = ([(row, seed_of(seed, step, row)) for row in rows.tolist()]
              for step, rows in enumerate(batches, first_step))
     loader = torch.utils.data.DataLoader(  # a batch is ImageFiles[item] for each of a list of items
-        ImageFiles(data.files, transform), batch_sampler=items, num_workers=workers,
+        ImageFiles(data.files, crop), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
-    for images, problems in loader:
+    for crops, problems in loader:
         for problem in filter(None, problems):
             data.report(problem)
-        yield images.to(device, non_blocking=True)
-
-
-# -------- processes
-
-def rank_and_world():
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def start_processes(args):
-    """Join torchrun's processes. Returns this one's device and the dtype of autocast."""
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"no GPU for process {local_rank + 1}; start fewer, or use --device cpu")
-    device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = torch.cpu._is_avx512_bf16_supported()
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    amp = args.amp
-    if amp == "auto":
-        amp = "bf16" if bf16 else "fp16" if cuda else "off"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-
-
-def from_all(value):
-    """The values that the processes have, as a list."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def agree(facts):
-    """Raise UserError unless all processes have the same facts, a dict. For example, a node that
-    does not see the run folder has another first epoch than the others."""
-    for other in from_all(facts):
-        if differences(facts, other):
-            raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
-                            "them the same flags, images and run folder")
-
-
-def gather(z):
-    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient,
-    and the whole gradient is the sum over the processes. DDP takes the mean, so the loss has
-    to be multiplied by the number of processes."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[rank] = z
-    return torch.cat(parts, 1)
+        yield crops.to(device, non_blocking=True)
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts.
+# A recipe is a list of flags. If a flag comes twice, the last one counts. --lr is for 256 images.
 # SMALL has the ImageNet stem, because a CPU takes 16 times as long for the CIFAR stem. Two views
 # gave better features with a reach of 1.2 than with the authors' 1.5.
 SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
@@ -860,13 +851,15 @@ SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-siz
 IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
     --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
     --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-RECIPES = {  # the first three are ours, the others are published; --data imagenet is a folder
+# The first three are ours, the others are published. photos, imagenet100 and imagenet are folders;
+# your own --data replaces them.
+RECIPES = {
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
     "small": SMALL,
     "photos": f"{SMALL} --data photos --size 64 --crop-scale .08 1 --epochs 50",
     "cifar10-published": """--data cifar10 --radius-scale 7 --max-reach 1.5 --views 16
-        --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr .1 --eta 1e-3 --arch resnet18
+        --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr 2 --eta 1e-3 --arch resnet18
         --stem cifar --projector 2048 256 --size 32 --crop-scale .08 1 --jitter .8 .8 .8 .2
         --blur-p .5 --solarize-p 0""",
     "imagenet100": f"{IMAGENET} --data imagenet100 --epochs 200 --lr 2",
@@ -907,7 +900,7 @@ def parse_args(argv=None):
     add("--views", type=within(int, 2), help="m, views of an image")
     add("--batch-size", type=within(int, 2), help="b, images a step, over all processes")
     add("--epochs", type=within(int, 1), help="passes over the images")
-    add("--warmup-epochs", type=within(float, 0), help="at most a third of the epochs")
+    add("--warmup-epochs", type=within(float, 0), help="capped at a third of the epochs")
     add("--lr", type=within(float, 0), help="peak learning rate at batch size 256")
     add("--eta", type=within(float, 0), help="LARS trust coefficient; 0: plain SGD")
     add("--weight-decay", type=within(float, 0), default=1e-6,
@@ -917,7 +910,7 @@ def parse_args(argv=None):
     add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
         help="start residual branches from zero (off)")
     add("--projector", type=within(int, 1), nargs="+", help="widths of its layers")
-    add("--size", type=within(int, 32), help="side of a view in pixels")  # below 17, bf16 fails
+    add("--size", type=within(int, 32), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
     add("--flip-p", type=share, default=0.5, help="probability of a flip (0.5)")
     add("--jitter", type=share, nargs=4, help="brightness, contrast, saturation, hue")
@@ -929,7 +922,7 @@ def parse_args(argv=None):
     add_machine_flags(parser)
 
     argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args(argv)  # only to learn the recipe
+    known, _ = parser.parse_known_args(argv)  # a first pass, only to learn the recipe
     by_data = {None: "patterns", "patterns": "patterns", "cifar10": "small", "cifar100": "small"}
     recipe = known.recipe or by_data.get(known.data, "photos")
     parser.epilog = f"The recipe {recipe}: {RECIPES[recipe]}"

@@ -5,7 +5,7 @@
     python eval_linear.py runs/cifar10 --random-init        the same network untrained: the floor
     python eval_linear.py runs/cifar10 --data cifar100      on other images
     python eval_linear.py runs/cifar10 --labels 0.01        on 1 % of the labels of each class
-    python eval_linear.py runs/cifar10 --labels names.txt   on the labels of the images named there
+    python eval_linear.py runs/cifar10 --labels names.txt   on those of the files named in a list
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
@@ -35,29 +34,29 @@ import clamp
 
 @dataclass
 class Split:
-    """Some images of a clamp.Data and their features."""
+    """n images of a clamp.Data and their features."""
     data: clamp.Data
-    rows: torch.Tensor  # [n], their places in data; on the CPU, like data.labels
+    rows: torch.Tensor  # [n], the images' places in data; on the CPU
     labels: torch.Tensor  # [n], on the device
     features: torch.Tensor  # [n, f], on the device
 
-    def part(self, places):  # a slice
-        return Split(self.data, self.rows[places], self.labels[places], self.features[places])
+    def part(self, start, stop=None):
+        cut = slice(start, stop)
+        return Split(self.data, self.rows[cut], self.labels[cut], self.features[cut])
 
 
 def load_backbone(path, pretrained=True, backbone=None):
-    """The backbone of a run folder or of a backbone.pt, in eval mode, and what the file holds.
-    backbone: a module of your own to load the weights into.
-    pretrained: load the weights at all. Raises UserError if they are not those of the backbone."""
+    """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
+    holds: backbone, epoch and settings. Raises UserError if the file and the backbone do not fit.
+    pretrained: if False, the weights stay random, or as they are.
+    backbone: a module of your own to load the weights into."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if backbone is None:
-            backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if backbone.state_dict().keys() != saved["backbone"].keys():  # also if not pretrained
-            raise ValueError
-        if pretrained:
-            backbone.load_state_dict(saved["backbone"])
+        arch, stem = saved["settings"]["arch"], saved["settings"]["stem"]
+        backbone = backbone or clamp.build_backbone(arch, stem)
+        loaded = backbone if pretrained else copy.deepcopy(backbone)
+        loaded.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many types
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone")
@@ -65,25 +64,26 @@ def load_backbone(path, pretrained=True, backbone=None):
 
 
 def choose_rows(data, rows, part):
-    """Those of the rows, which are in random order, whose labels are used. part: None for all; a
-    fraction, for the first rows of each class; or a text file with the names of image files,
-    separated by white space, such as SimCLR's of ImageNet."""
+    """The rows whose labels are used, of rows [n] in random order. part: None for all of them; a
+    fraction, for the first of each class; or a text file with the names of image files, separated
+    by white space, such as SimCLR's lists of ImageNet."""
     if part is None:
         return rows
+    kept = torch.zeros(len(rows), dtype=torch.bool)
     if isinstance(part, float):
         labels = data.labels[rows]
-        kept = torch.zeros(len(rows), dtype=torch.bool)
         for label in labels.unique():
             places = (labels == label).nonzero()[:, 0]
             kept[places[:max(1, round(part * len(places)))]] = True
         return rows[kept]
-    names = set(Path(part).read_text(errors="surrogateescape").split())
-    files = [] if data.files is None else [Path(data.files[row]).name for row in rows]
-    fitting = [name for name in files if name in names]
-    if not names or sorted(fitting) != sorted(names):
-        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {len(fitting)} training "
+    names = set(Path(part).read_text(errors="surrogateescape").split())  # any bytes are a name
+    files = [] if data.files is None else data.files[rows.numpy()]
+    for k, file in enumerate(files):
+        kept[k] = Path(file).name in names
+    fitting = {Path(file).name for file in files} & names
+    if not names or len(fitting) < len(names) or kept.sum() > len(names):
+        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {kept.sum()} training "
                               "files; each has to fit one")
-    kept = torch.tensor([name in names for name in files])
     return rows[kept]
 
 
@@ -92,83 +92,76 @@ def extract(network, data, rows, options):
     options: size, device, dtype and workers, as clamp.extract_features takes them."""
     rank, world = clamp.rank_and_world()
     share = math.ceil(len(rows) / world)
-    # The shares must be equally long, so the last go on with the first rows. These are cut off.
+    # All shares have this length. So the last are filled up with the first rows, to be cut off.
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
-    if world == 1:
-        return part
-    features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)
-    return features[:len(rows)]
+    return clamp.gather(part[None])[0, :len(rows)]  # gather takes [views, n, f]
 
 
 def make_split(data, rows, backbone, options):
-    labels = data.labels[rows].to(options["device"])
-    return Split(data, rows, labels, extract(backbone, data, rows, options))
+    features = extract(backbone, data, rows, options)
+    return Split(data, rows, data.labels[rows].to(options["device"]), features)
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """MultiViewAugment without changes of colour."""
+    """Random crops and flips only."""
 
     def photometric(self, x):
         return x
 
 
-def schedule(split, args):
+def training_steps(split, args):
     """For each step, the batch as places [b] in the split, and the factor on the learning rate. An
     incomplete last batch of an epoch is left out."""
     n = len(split.rows)
-    steps = args.epochs * (n // args.batch_size)
+    total = args.epochs * (n // args.batch_size)
     batches = clamp.draw_batches(n, args.batch_size, range(args.epochs), args.seed)
-    for step, batch in enumerate(clamp.progress(batches, "training", steps, leave=False)):
-        yield batch, clamp.lr_scale(step, warmup=0, total=steps)
+    for step, batch in enumerate(batches):
+        yield batch, clamp.lr_scale(step, warmup=0, total=total)
 
 
 def augmented_images(split, args, options):
-    """For each batch of schedule(), this process's share [b / world, 3, size, size] of the images,
+    """For each step, this process's share [b / world, 3, size, size] of the images of the batch,
     randomly cropped and flipped."""
     rank, world = clamp.rank_and_world()
     augment = CropAndFlip(options["size"], views=1)
-    # The same batches again, because they follow from the arguments alone.
-    batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
-    shares = (split.rows[batch.chunk(world)[rank]] for batch in batches)
-    stream = clamp.image_batches(
-        split.data, shares, augment.crop, options["device"], options["workers"], args.seed)
-    for step, images in enumerate(stream):
-        torch.manual_seed(hash((args.seed, step, rank)))
-        # Images from files have been cropped by augment.crop. augment() crops those in memory.
-        yield augment(images)[0]
+    # Every call of training_steps() draws the same batches.
+    shares = (split.rows[batch.chunk(world)[rank]] for batch, _ in training_steps(split, args))
+    for crops in clamp.image_batches(split.data, shares, augment.crop, options["device"],
+                                     options["workers"], args.seed):
+        yield augment(crops)[0]
 
 
 def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier for each learning rate, side by side, by SGD with momentum 0.9 and
     a cosine schedule. Their weights start from 0. Returns logits of test [rates, n, classes].
 
-    All processes train the same classifiers on whole batches. With --augment, each of them computes
-    the features of its share of the images."""
+    Every process trains the same classifiers on whole batches. With --augment, it computes the
+    features of its share of the images, and gathers the others."""
     device = options["device"]
     mean, std = train.features.mean(0), train.features.std(0)
     std = std.clamp(min=0.01 * std.mean().item())  # for constant features
     heads = nn.Linear(len(mean), len(rates) * classes, device=device)
     nn.init.zeros_(heads.weight), nn.init.zeros_(heads.bias)
     optimizer = torch.optim.SGD(heads.parameters(), lr=0, momentum=0.9)  # each step sets lr
-    rates = torch.tensor(rates, device=device)
 
     def logits(features):  # [n, f] -> [n, rates, classes]
         return heads((features - mean) / std).unflatten(1, (-1, classes))
 
-    images = augmented_images(train, args, options) if args.augment else None
-    for batch, scale in schedule(train, args):
+    if args.augment:
+        images = augmented_images(train, args, options)
+    for batch, scale in training_steps(train, args):
         batch = batch.to(device, non_blocking=True)
         x, y = train.features[batch], train.labels[batch]
         if args.augment:
             with torch.no_grad():
-                x = clamp.embed(backbone, next(images), options["dtype"])
-                x = clamp.gather(x[None])[0]  # of the whole batch; gather() takes [views, n, f]
-        z = logits(x).transpose(1, 2)  # [b, classes, rates]
-        loss = F.cross_entropy(z, y[:, None].expand(-1, len(rates)), reduction="none").mean(0)
+                x = clamp.embed(backbone, next(images), options["dtype"])  # [b / world, f]
+                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch
+        z = logits(x)
+        # SGD multiplies the gradient by the rate, so a loss can be multiplied instead.
+        losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
-        (loss * rates).sum().backward()  # each classifier has its rate, as a factor on its loss
+        sum(losses).backward()
         optimizer.param_groups[0]["lr"] = scale
         optimizer.step()
     with torch.no_grad():
@@ -183,55 +176,92 @@ def finetune(train, test, rates, classes, backbone, args, options):
     logits = []
     for rate in rates:
         head = nn.Linear(train.features.shape[1], classes)
-        network = clamp.place(nn.Sequential(copy.deepcopy(backbone), head), device).train()
+        network = nn.Sequential(copy.deepcopy(backbone), head)
+        network = clamp.place(network, device).train()  # with synchronised batch norm on GPUs
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-        groups = [{"params": part.parameters()} for part in network]
-        optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9)  # each step sets lr
+        optimizer = torch.optim.SGD([{"params": network[0].parameters()},
+                                     {"params": head.parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         images = augmented_images(train, args, options)
-        for batch, scale in schedule(train, args):
+        for batch, scale in training_steps(train, args):
             share = batch.chunk(world)[rank].to(device, non_blocking=True)
-            z = clamp.embed(model, next(images), dtype)  # logits
+            logits_of_share = clamp.embed(model, next(images), dtype)
             optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(z, train.labels[share])).backward()
-            slow, fast = optimizer.param_groups
-            slow["lr"], fast["lr"] = 0.05 * rate * scale, rate * scale
+            scaler.scale(F.cross_entropy(logits_of_share, train.labels[share])).backward()
+            optimizer.param_groups[0]["lr"] = 0.05 * rate * scale
+            optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, the processes differ in their batch norm. DDP gives all of them the first one's.
+        # On CPUs, each process has its own batch norm. DDP takes the first one's before a forward.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. With too large a learning rate, logits may be NaN; they count as 0."""
+    """Top-k accuracy in %. If the learning rate was too large, logits may be NaN, taken as 0."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
 
-def draw_neighbours(split, untrained, options, path):
-    """A picture with a dozen rows: an image, its eight nearest by the features, and its eight
-    nearest by the features of an untrained backbone. They are sought among 5,000 images at most.
+def draw_neighbours(split, args, options, path):
+    """A picture with a dozen lines: an image, its eight nearest by the features, and its eight
+    nearest by those of the same network untrained. They are sought among 5,000 images at most.
     Only one process needs to call this."""
-    split = split.part(slice(None, None, math.ceil(len(split.rows) / 5000)))
-    n = len(split.rows)
-    shown = torch.linspace(0, n - 1, min(12, n)).long()
-    untrained_features = clamp.extract_features(untrained, split.data, split.rows, **options)
-    columns = [split.rows[shown, None]]
-    for x in (split.features, untrained_features):
+    torch.manual_seed(args.seed)  # the network of --random-init
+    untrained = load_backbone(args.run, pretrained=False)[0].to(options["device"])
+    kept = slice(None, None, math.ceil(len(split.rows) / 5000))
+    rows, features = split.rows[kept], split.features[kept]
+    untrained_features = clamp.extract_features(untrained, split.data, rows, **options)
+    shown = torch.linspace(0, len(rows) - 1, min(12, len(rows))).long()
+    blocks = [rows[shown, None]]  # rows of images: [12, 1], [12, 8] and [12, 8]
+    for x in (features, untrained_features):
         x = F.normalize(x).cpu()
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
-        columns.append(split.rows[cosine.topk(min(8, n - 1)).indices])
-    # image_batches() crops images from files, and crop(x) those in memory. A batch is one row.
+        blocks.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
-    image, near, near_untrained = (  # each [12, images, 3, 64, 64]
-        torch.stack([crop(x) for x in clamp.image_batches(split.data, rows, crop, cpu)])
-        for rows in columns)
-    white = torch.full_like(image, 255)
-    grid = torch.cat([image, white, near, white, near_untrained], 1)
+    blocks = [torch.stack(list(clamp.image_batches(split.data, block, crop, cpu)))
+              for block in blocks]  # uint8 [12, images, 3, 64, 64]
+    white = torch.full_like(blocks[0], 255)
+    grid = torch.cat([blocks[0], white, blocks[1], white, blocks[2]], 1)
     save_image(grid.flatten(0, 1) / 255, path, nrow=grid.shape[1])
     print(f"{path}: images, their nearest by the features, and by those of an untrained network")
+
+
+def choose_images(name, args, own=None):
+    """(data, rows) to train on, rows in random order, and (data, rows) to test on. Rows without
+    labels are left out."""
+    own_train, own_test = own or (None, None)
+    train = clamp.load_data(name, "train", args.limit, args.seed, own_train)
+    test = clamp.load_data(name, "test", own=own_test)
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(train.labels), generator=generator)
+    rows = rows[train.labels[rows] >= 0]
+    test_rows = (test.labels >= 0).nonzero()[:, 0]
+    if not len(test_rows):  # without test images, hold out a fifth
+        fifth = math.ceil(len(rows) / 5)
+        test, test_rows, rows = train, rows[:fifth], rows[fifth:]
+    return (train, choose_rows(train, rows, args.labels)), (test, test_rows)
+
+
+def check_readable(*data):
+    """Raise UserError if features of these data could not be extracted from their own images."""
+    unreadable = set().union(*(x.unreadable for x in data))
+    unreadable = set().union(*clamp.from_all(unreadable))  # each process has seen its share only
+    if unreadable:
+        raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
+                              "remove them")
+
+
+def export_features(data, backbone, options, folder):
+    """Write features.pt, for images without labels. Returns their Split."""
+    split = make_split(data, torch.arange(len(data.labels)), backbone, options)
+    check_readable(data)
+    if clamp.rank_and_world()[0] == 0:
+        files = None if data.files is None else data.files.tolist()
+        clamp.write({"files": files, "features": split.features.cpu()}, folder / "features.pt")
+        print(f"no labels: {folder}/features.pt has the features of {len(split.rows)} images")
+    return split
 
 
 def evaluate(args, backbone=None, data=None):
@@ -244,65 +274,50 @@ def evaluate(args, backbone=None, data=None):
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
     torch.manual_seed(args.seed)  # every process builds the same random network
-    untrained = None if backbone else load_backbone(args.run, pretrained=False)[0].to(device)
-    torch.manual_seed(args.seed)  # --random-init is this untrained network
+    draws = rank == 0 and not (backbone or args.random_init)
     backbone, saved = load_backbone(args.run, not args.random_init, backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last)
-    settings, epoch = saved["settings"], 0 if args.random_init else saved["epoch"]
-    name = "own" if data else args.data or settings["data"]
+    settings = saved["settings"]
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    name = "own" if data else (args.data or settings["data"])
 
-    own_train, own_test = data or (None, None)
-    train_data = clamp.load_data(name, "train", args.limit, args.seed, own_train).to(device)
-    test_data = clamp.load_data(name, "test", own=own_test).to(device)
-    generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(train_data.labels), generator=generator)
-    rows = rows[train_data.labels[rows] >= 0]  # the others have no label
-    test_rows = (test_data.labels >= 0).nonzero()[:, 0]
-    if len(rows) and not len(test_rows):
-        fifth = math.ceil(len(rows) / 5)
-        test_data, test_rows, rows = train_data, rows[:fifth], rows[fifth:]
-    if not len(rows):  # without labels, look at all training images
-        test = make_split(train_data, torch.arange(len(train_data.labels)), backbone, options)
-    else:
-        rows = choose_rows(train_data, rows, args.labels)
-        train = make_split(train_data, rows, backbone, options)
-        test = make_split(test_data, test_rows, backbone, options)
-    # Each process has met the unreadable files of its share.
-    unreadable = set().union(*clamp.from_all(train_data.unreadable | test_data.unreadable))
-    if unreadable:
-        raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
-                              "remove them")
-    tenth = math.ceil(len(rows) / 10)  # of the rows, which are in random order
+    (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
+    train_data.to(device), test_data.to(device)
+    if not len(rows):
+        if args.random_init:
+            raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
+        test = export_features(train_data, backbone, options, folder)
+        if draws:
+            draw_neighbours(test, args, options, folder / "neighbours.png")
+        return None
+    tenth = math.ceil(len(rows) / 10)
     n = len(rows) - tenth
-    if len(rows) and (args.batch_size % world or args.batch_size > n):  # before a file is written
+    if args.batch_size % world or args.batch_size > n:
         raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
                               f"train on, and divisible by {world}, the number of processes")
-    if rank == 0 and untrained and not args.random_init:
-        draw_neighbours(test, untrained, options, folder / "neighbours.png")
-    if not len(rows):
-        if rank == 0 and not args.random_init:
-            files = None if train_data.files is None else train_data.files.tolist()
-            clamp.write({"files": files, "features": test.features.cpu()}, folder / "features.pt")
-            print(f"no labels: {folder}/features.pt has the features of {len(test.rows)} images")
-        return None
+    train = make_split(train_data, rows, backbone, options)
+    test = make_split(test_data, test_rows, backbone, options)
+    check_readable(train_data, test_data)
+    if draws:
+        draw_neighbours(test, args, options, folder / "neighbours.png")
 
-    rest, held_out = train.part(slice(tenth, None)), train.part(slice(tenth))
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
-    sweep = [accuracy(logits, held_out.labels) for logits in fit(rest, held_out, args.lr)]
+    held_out = train.part(0, tenth)
+    sweep = [accuracy(logits, held_out.labels)
+             for logits in fit(train.part(tenth), held_out, args.lr)]
     lr = args.lr[sweep.index(max(sweep))]
-    logits, = fit(train, test, [lr])
+    logits = fit(train, test, [lr])[0]
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
-              "n_train": len(rows), "n_test": len(test.rows), "data": name,
-              "epoch": epoch, "epochs": settings["epochs"]}
+              "n_train": len(rows), "n_test": len(test_rows), "data": name,
+              "epoch": 0 if args.random_init else saved["epoch"], "epochs": settings["epochs"]}
     if rank == 0:
-        print(f"backbone after {epoch} of {settings['epochs']} epochs")
+        print("backbone after {epoch} of {epochs} epochs".format(**result))
         if test_data is train_data:
-            print(f"no test set: {len(test.rows)} images are held out. If the backbone was trained "
+            print(f"no test set: {len(test_rows)} images are held out. If the backbone was trained "
                   "on this folder, it has seen them, without labels.")
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
         print("held out, top-1 %" + "".join(f"{top1:8.2f}" for top1 in sweep) + f"   -> {lr:g}")
@@ -311,7 +326,7 @@ def evaluate(args, backbone=None, data=None):
             print("20-NN is that of the backbone before fine-tuning.")
         print(json.dumps(result))
         with open(folder / "linear.jsonl", "a") as file:
-            file.write(json.dumps(result | {"settings": vars(args)}) + "\n")
+            file.write(json.dumps(result | {"settings": vars(args)}, default=str) + "\n")
     return result
 
 

@@ -150,25 +150,46 @@ def pictures(n=12, height=20, width=28):
     return x
 
 
-def test_boxes_and_crops_equal_torchvision():
+def test_boxes_are_drawn_as_torchvision_draws_them():
     torch.manual_seed(0)
     draw = partial(torchvision.transforms.RandomResizedCrop.get_params, ratio=(3 / 4, 4 / 3))
-    x, scale = torch.zeros(4000, 3, 24, 40), (0.08, 1.0)
-    ours, theirs = clamp.random_boxes(x, scale), torch.tensor([draw(x[0], scale) for _ in x]).T
-    assert (ours >= 0).all() and (ours[:2] + ours[2:] <= torch.tensor([[24], [40]])).all()
-    for a, b in zip(ours, theirs.float()):
+    x, scale = torch.zeros(3, 24, 40), (0.08, 1.0)
+    left, top, right, bottom = clamp.random_boxes(4000, 24, 40, scale, CPU).T
+    theirs = torch.tensor([draw(x, scale) for _ in range(4000)], dtype=torch.float32).T
+    assert left.min() == top.min() == 0 and right.max() == 40 and bottom.max() == 24
+    for a, b in zip((top, left, bottom - top, right - left), theirs, strict=True):
         assert_close([a.mean(), a.std()], [b.mean(), b.std()], rtol=0.06, atol=0.1)
-    for height, width in (10, 100), (10, 101), (91, 8), (9, 9):  # nothing fits: the centre
-        x = torch.zeros(50, 3, height, width)
-        assert (clamp.random_boxes(x, (1, 1)).T == torch.tensor(draw(x[0], (1, 1)))).all()
-    x, middle = pictures(), pictures()[:, :, 1:19, 5:23]  # 7/8 of 20
-    boxes = clamp.random_boxes(x, (0.05, 1.0))
-    boxes[:, 0], boxes[:, 1] = torch.tensor([0, 0, 20, 28]), torch.tensor([19, 27, 1, 1])
-    for size in [8, 8], [16, 16], [40, 40]:
-        for picture, box, ours in zip(x, boxes.T, clamp.resized_crop(x, boxes, size[0])):
-            expected = TF.resized_crop(picture, *box.int().tolist(), size, antialias=True)
-            assert_close(ours, expected, rtol=0, atol=1e-5)
-        assert_close(clamp.center_crop(x, size[0]), TF.resize(middle, size, antialias=True))
+    for height, width in (10, 100), (10, 101), (91, 8), (9, 9):  # nothing fits
+        *_, h, w = draw(torch.zeros(3, height, width), (1, 1))
+        boxes = clamp.random_boxes(50, height, width, (1, 1), CPU)
+        assert (boxes[:, 2:] - boxes[:, :2] == torch.tensor([w, h])).all()
+        assert boxes.min() == 0 and (boxes[:, 2:].amax(0) <= torch.tensor([width, height])).all()
+
+
+def test_crops_are_bilinear_and_averages_where_they_shrink():
+    images, plain = (pictures(6, 32, 32) * 255).byte(), dict(flip_p=0, jitter_p=0, gray_p=0)
+
+    def views(size, box):  # of all images, cut out by the same box
+        boxes = torch.tensor(box, dtype=torch.float32).expand(12, 4)
+        with mock.patch.object(clamp, "random_boxes", lambda *_: boxes):
+            augment = clamp.MultiViewAugment(size, 2, blur_p=[0], **plain)
+            return augment(augment.crop(images))
+
+    for left, top, w, h in (0, 0, 32, 32), (5, 12, 21, 7), (31, 0, 1, 32):
+        x, y = left + (torch.arange(40) + 0.5) * w / 40, top + (torch.arange(40) + 0.5) * h / 40
+        grid = torch.stack(torch.meshgrid(x / 16 - 1, y / 16 - 1, indexing="xy"), 2)
+        expected = F.grid_sample(images.float(), grid.expand(6, -1, -1, -1), padding_mode="border",
+                                 align_corners=False)
+        ours = views(40, (left, top, left + w, top + h))
+        expected = TF.normalize(expected.round() / 255, MEAN, STD).expand(2, -1, -1, -1, -1)
+        assert_close(ours, expected, rtol=0, atol=0.018)  # 1/255: some are rounded the other way
+        assert ((ours - expected).abs() > 1e-4).float().mean() < 0.02
+    for size, box in (8, (4, 8, 28, 32)), (12, (0, 5, 24, 29)):
+        left, top, right, bottom = box
+        expected = F.avg_pool2d(images[:, :, top:bottom, left:right].float(), 24 // size).round()
+        assert_close(views(size, box)[1], TF.normalize(expected / 255, MEAN, STD), rtol=0, atol=0.018)
+    middle = pictures()[:, :, 1:19, 5:23]  # 7/8 of 20
+    assert_close(clamp.center_crop(pictures(), 16), TF.resize(middle, [16, 16], antialias=True))
 
 
 @pytest.mark.parametrize("size", [20, 40, 88])  # 3, 5 and 9 taps of blur
@@ -178,7 +199,7 @@ def test_views_equal_torchvision_given_the_same_parameters(size):
                                         blur_p=[1.0, 0.3, 0.0], solarize_p=[0.0, 0.6]), 150
     x, view = (pictures(n, 16, 16) * 255).byte(), torch.arange(n) // 30
     torch.manual_seed(0)
-    views = augment(x.unflatten(0, (5, 30)).transpose(0, 1)).flatten(0, 1)  # as from files
+    views = augment(x.unflatten(0, (5, 30)).transpose(0, 1)).flatten(0, 1)
     torch.manual_seed(0)
     flip, jitter, order = torch.rand(n) < 0.5, torch.rand(n) < 0.8, torch.randperm(4).tolist()
     changes = {j: torch.empty(n).uniform_(-1, 1) * augment.jitter[j] for j in order}
@@ -200,12 +221,13 @@ def test_views_equal_torchvision_given_the_same_parameters(size):
 def test_every_view_is_its_own_and_own_colours_are_flipped_and_normalised():
     images = (pictures(5, 32, 32)[[2, 3, 3]] * 255).byte()
     torch.manual_seed(0)
-    views = clamp.MultiViewAugment(24, 5)(images)
+    views = (augment := clamp.MultiViewAugment(24, 5))(augment.crop(images))
     assert views.shape == (5, 3, 3, 24, 24) and views.dtype == torch.float32
     assert torch.pdist(views.flatten(0, 1).flatten(1)).min() > 0.1
-    plain = clamp.MultiViewAugment(32, 2, (1, 1), 0, jitter_p=0, gray_p=0, blur_p=[0])(images)
+    crops = clamp.MultiViewAugment(32, 2, (1, 1)).crop(images)  # whole images
+    plain = clamp.MultiViewAugment(32, 2, flip_p=0, jitter_p=0, gray_p=0, blur_p=[0])(crops)
     Inverted = type("Inverted", (clamp.MultiViewAugment,), {"photometric": lambda self, x: 1 - x})
-    inverted = Inverted(32, 2, (1, 1), flip_p=1)(images)
+    inverted = Inverted(32, 2, flip_p=1)(crops)
     for views, expected in ((plain, images / 255), (inverted, 1 - images.flip(3) / 255)):
         assert_close(views, TF.normalize(expected, MEAN, STD).expand(2, 3, 3, 32, 32))
 
@@ -349,7 +371,8 @@ def test_broken_pictures_are_left_out_and_named_once(sizes, n, tmp_path, capfd):
     assert f"{data}: {n} images of 2 classes" in printed
     assert [printed.count(f"unreadable: {file}: ") for file in broken] == [1, 1, 1]
     assert [record["unreadable"] for record in read_log(tmp_path / "run")] == [3, 3, 3]
-    line = refusal(capfd, eval_linear, tmp_path / "run", backbone=tiny_network().backbone)
+    line = refusal(capfd, eval_linear, tmp_path / "run", "--batch-size", 15,
+                   backbone=tiny_network().backbone)
     assert "3 images, named above, cannot be read" in line
     for file in data.rglob("*.*"):
         file.write_bytes(b"")
@@ -418,8 +441,9 @@ def test_probe_and_finetuning_equal_torch(dtype, tolerance, monkeypatch):
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         expected = torch_logits(nn.Sequential(head), [rate], x, split.labels)
         assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(clamp.MultiViewAugment, "crop", lambda _, images: images[:, None])
     monkeypatch.setattr(clamp.MultiViewAugment, "__call__",
-                        lambda _, images: clamp.normalize(images / 255)[None])
+                        lambda _, crops: clamp.normalize(crops[:, 0] / 255)[None])
     torch.manual_seed(1)
     ours, = eval_linear.finetune(split, split, [0.4], **options)
     torch.manual_seed(1)
@@ -466,7 +490,7 @@ def test_without_labels_features_and_neighbours_are_written(tmp_path):
         near = [F.cosine_similarity(x, x[[image]]).argsort(descending=True)[1:9].view(8, 1).tolist()
                 for x in (features, others)]
         assert shown == [[], *near[0], [], *near[1]]  # after white tiles
-    evaluate(run, "--random-init")
+    refused("no labels to measure a floor by", evaluate, run, "--random-init")
     assert tiles.shape[1:3] == (12, 19) and (run / "neighbours.png").read_bytes() == picture
 
 
@@ -507,8 +531,11 @@ def assert_same_runs(whole, other):
     assert not list(other.glob("*.part"))
 
 
-class FixedViews(clamp.MultiViewAugment):
-    def __call__(self, images):  # no random numbers, so all processes make the same views
+class FixedViews(clamp.MultiViewAugment):  # without random numbers, as processes draw different ones
+    def crop(self, images):
+        return images
+
+    def __call__(self, images):
         assert (self.size, self.crop_scale, self.jitter[0]) == (32, [0.2, 1.0], 0.4)  # the flags'
         x = clamp.normalize(images / 255)
         return torch.stack([x, x.roll(5, 3), x.flip(3)])
@@ -528,6 +555,10 @@ def train_share(out):
                  network=tiny_network(rank, norm=nn.Identity), augment=FixedViews)
     train = partial(train_once, out, *"--limit 36 --batch-size 12 --amp off".split(), **parts)
     pytest.raises(KeyboardInterrupt, train)
+    for name, divisor in ("ours", 1), ("theirs", 3):  # one step by LARS
+        train_once(f"{out}-{name}", *"--limit 12 --batch-size 12 --epochs 1 --eta 0.01".split(),
+                   "--amp", "off", loss_fn=lambda z: clamp.packing_loss(z) / divisor,
+                   network=tiny_network(rank, norm=nn.Identity), augment=FixedViews)
     clamp.command_line(train)
 
 
@@ -548,6 +579,13 @@ def test_three_processes_train_with_an_own_optimizer_as_a_loop_does(tmp_path):
     assert_close(saved["network"], network.state_dict(), rtol=1e-4, atol=1e-5)
     for name in numbers[0]:
         assert record[name] == pytest.approx(sum(x[name].item() for x in numbers[6:]) / 3, rel=1e-3)
+    # With 1/3 of the gradient, as after DDP in the authors' code, LARS moves weights as before.
+    ours, theirs = (torch.load(f"{tmp_path}/run-{x}/checkpoint.pt")["network"]
+                    for x in ("ours", "theirs"))
+    for name, start in tiny_network(norm=nn.Identity).named_parameters():
+        moved, share = ours[name] - start.detach(), 1 if start.ndim > 1 else 3
+        assert moved.any()
+        assert_close(moved / share, theirs[name] - start.detach(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -705,7 +743,7 @@ def test_too_little_memory_gives_one_line(error, words, capfd, monkeypatch):
 
 def test_recipes_and_data_set_the_defaults(capsys):
     for recipe, expected in {
-            "cifar10-published": dict(data="cifar10", views=16, batch_size=128, epochs=1000, lr=0.1,
+            "cifar10-published": dict(data="cifar10", views=16, batch_size=128, epochs=1000, lr=2.0,
                                       stem="cifar", projector=[2048, 256], radius_scale=7.0),
             "imagenet100": dict(arch="resnet50", epochs=200, lr=2.0, radius_scale=8.5, views=4),
             "imagenet1k": dict(epochs=100, lr=1.1, batch_size=512, projector=[8192, 8192, 512],

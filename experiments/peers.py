@@ -42,13 +42,26 @@ def across_views(x, y):
     return ((x.sum(0) * y.sum(0)).sum() - (x * y).sum()) / (m * (m - 1) * b)
 
 
-def simclr(z, temperature=0.1):
-    """Cross entropy of finding the other views of an image (arXiv 2002.05709)."""
+def similarities(z, temperature):
+    """Cosines of all views, divided by the temperature, and 1 for two views of an image, else 0,
+    both [m * b, m * b]. A view and itself have -1e9 and 0."""
     m, b, _ = z.shape
     z = F.normalize(z.flatten(0, 1), dim=1)
-    similarity = (z @ z.T / temperature).fill_diagonal_(-1e9)
-    same = z.new_ones(m, m).kron(z.new_ones(b).diag()).fill_diagonal_(0)
-    return -(similarity.log_softmax(1) * same).sum(1).mean() / (m - 1)
+    same = torch.eye(b, device=z.device).repeat(m, m).fill_diagonal_(0)
+    return (z @ z.T / temperature).fill_diagonal_(-1e9), same
+
+
+def simclr(z, temperature=0.1):
+    """Cross entropy of finding the other views of an image (arXiv 2002.05709)."""
+    similarity, same = similarities(z, temperature)
+    return -(similarity.log_softmax(1) * same).sum() / same.sum()
+
+
+def dcl(z, temperature=0.1):
+    """SimCLR whose denominator has views of other images only (arXiv 2110.06848)."""
+    similarity, same = similarities(z, temperature)
+    negatives = similarity.masked_fill(same == 1, -1e9).logsumexp(1)
+    return negatives.mean() - (similarity * same).sum() / same.sum()
 
 
 def barlow_twins(z, weight=0.005):
@@ -149,6 +162,56 @@ def ce_ssl(z, weight=0.4, temperature=0.1):
     return (1 - weight) * same + weight * change
 
 
+def sigreg(z, weight=0.05, directions=256):
+    """LeJEPA: squared distance to the mean view, and SIGReg. In random directions, SIGReg compares
+    the characteristic function of the embeddings with that of a normal distribution, from -3 to 3.
+    It is even, so half of the integral suffices (arXiv 2511.08544)."""
+    a = F.normalize(torch.randn(z.shape[2], directions, device=z.device), dim=0)
+    if dist.is_initialized():
+        dist.broadcast(a, 0)  # all processes take the first one's directions
+    t = torch.linspace(0, 3, 17, device=z.device)
+    normal = (-t.square() / 2).exp()
+    x = (z @ a)[..., None] * t  # [m, b, directions, 17]
+    error = (x.cos().mean(1) - normal).square() + x.sin().mean(1).square()
+    statistic = z.shape[1] * 2 * torch.trapezoid(error * normal, t).mean()
+    return weight * statistic + (1 - weight) * (z - z.mean(0)).square().mean()
+
+
+def frossl(z, weight=1.0):
+    """FroSSL: the covariance of each view has equal eigenvalues if the Frobenius norm of it,
+    divided by its trace, is least. Views agree by squared distance (release of arXiv 2310.02903)."""
+    m, b, d = z.shape
+    z = F.normalize(z, dim=1)  # each feature, over the batch
+    c = z.mT @ z / d if b > d else z @ z.mT / d  # both have trace 1 and the same norm
+    distance = (z - z.mean(0)).square().sum() * m / b
+    return 2 * torch.linalg.matrix_norm(c).log().sum() + weight * distance
+
+
+def tcr(z, weight=200.0, eps=0.2):
+    """EMP-SSL with whole views: the coding rate of each view grows, and views come close to their
+    mean (release of arXiv 2304.03977)."""
+    _, b, d = z.shape
+    z = F.normalize(z, dim=2)
+    rate = torch.logdet(torch.eye(d, device=z.device) + d / (b * eps) * z.mT @ z).mean() / 2
+    return -weight * F.cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean() - rate
+
+
+def ellipsoid(z, reach=3.0):
+    """CLAMP with ellipsoids: the distance of two centres is
+        sqrt((Z_i - Z_j)^T (L_i + L_j)^+ (Z_i - Z_j)),
+    in standard deviations of both clouds. Only the centres have a gradient."""
+    m, b, _ = z.shape
+    z = F.normalize(z - z.mean((0, 1)), dim=2).double().transpose(0, 1)  # [b, m, d]
+    centers = z.mean(1)
+    offsets = ((z - centers[:, None]) / math.sqrt(m - 1)).detach()  # L_i = offsets_i^T offsets_i
+    i, j = torch.triu_indices(b, b, 1, device=z.device)  # all pairs
+    both = torch.cat([offsets[i], offsets[j]], 1)  # A [pairs, 2 m, d], with A^T A = L_i + L_j
+    # (A^T A)^+ = A^T (A A^T)^+ (A A^T)^+ A
+    inverse = torch.linalg.pinv(both @ both.mT, rtol=1e-9, hermitian=True)
+    distance = (inverse @ both @ (centers[i] - centers[j])[:, :, None]).norm(dim=(1, 2))
+    return ((1 - distance / reach).relu().square().sum() + 1e-6).log()
+
+
 def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
     """CLAMP's energy E itself; its loss is log(E + 1e-6)."""
     return clamp.packing_loss(z, radius_scale, max_reach).exp() - 1e-6
@@ -245,20 +308,27 @@ def build_ce_ssl(args):
 class PairedAugment(clamp.MultiViewAugment):
     """Images 2k and 2k + 1 get the same transformations."""
 
-    def __call__(self, images):
-        if images.ndim == 5 or len(images) % 2:
+    def in_pairs(self, function, images, dim):  # images are in this dimension of the result
+        if images.ndim == 3 or len(images) % 2:
             raise clamp.UserError("ce_ssl pairs images: give images of one size up to 256 px, "
                                   "and a --batch-size that is an even number for each process")
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            even = super().__call__(images[::2])
-        odd = super().__call__(images[1::2])  # draws the same random numbers again
-        return torch.stack([even, odd], 2).flatten(1, 2)
+            even = function(images[::2])
+        odd = function(images[1::2])  # draws the same random numbers again
+        return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
+
+    def crop(self, images):
+        return self.in_pairs(super().crop, images, 0)
+
+    def __call__(self, crops):
+        return self.in_pairs(super().__call__, crops, 1)
 
 
 # -------- table of methods
 
 METHODS = {
     "simclr": dict(loss=simclr, flags="--views 2 --projector 2048 256"),
+    "dcl": dict(loss=dcl, flags="--views 2 --projector 2048 256"),
     "barlow_twins": dict(loss=barlow_twins, flags="--views 2 --projector 2048 2048"),
     "vicreg": dict(loss=vicreg, flags="--views 2 --projector 2048 2048"),
     "mmcr": dict(loss=mmcr, flags="--views 2 --projector 512 128"),
@@ -269,6 +339,10 @@ METHODS = {
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048 128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048 256"),
+    "sigreg": dict(loss=sigreg, flags="--projector 2048 128"),
+    "frossl": dict(loss=frossl, flags="--projector 2048 1024"),
+    "tcr": dict(loss=tcr, flags="--projector 2048 256"),
+    "ellipsoid": dict(loss=ellipsoid, network=clamp.build_network),
     "no_centring": dict(loss=partial(clamp.packing_loss, center=False),
                         network=clamp.build_network),
     "no_logarithm": dict(loss=no_logarithm, network=clamp.build_network),

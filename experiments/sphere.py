@@ -78,9 +78,10 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
         0, len(labels) - 1, min(args.batch_size, len(labels))).long()]
     images = next(clamp.image_batches(data, [rows], lambda x: clamp.center_crop(x, 128),
                                       torch.device("cpu")))
-    skins = clamp.center_crop(images, 128) / 255
-    views = clamp.MultiViewAugment(**{f.name: getattr(args, f.name)
-                                      for f in fields(clamp.MultiViewAugment)})(images)
+    skins = images / 255
+    augment = clamp.MultiViewAugment(**{f.name: getattr(args, f.name)
+                                        for f in fields(clamp.MultiViewAugment)})
+    views = augment(augment.crop(images))
 
     def look():  # at as many test images as a batch has, as the loss would see them
         z = clamp.embed(network.train(), views.flatten(0, 1), torch.float32).detach()

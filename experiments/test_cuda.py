@@ -168,8 +168,9 @@ def no_tf32(monkeypatch):
     lambda x, change: clamp.saturation(x, change),
     lambda x, change: clamp.hue(x, change),
     lambda x, change: clamp.gaussian_blur(x, 1 + change, 5),
-    lambda x, change: clamp.resized_crop(x, change.view(1, 4).floor() + torch.tensor(
-        [[3], [5], [30], [20]], device=x.device), 24),
+    lambda x, change: clamp.roi_align(x, torch.cat([
+        torch.arange(4.0, device=x.device)[:, None], 30 * change.view(4, 1) + torch.tensor(
+            [[-3, -3, 2, 3]], device=x.device)], 1), 24, aligned=True),
     lambda x, change: clamp.packing_loss(x.flatten(2)),
     lambda x, change: clamp.build_backbone("resnet18", "cifar").to(x.device).eval()(x),
     lambda x, change: clamp.build_backbone("resnet18").to(x.device).eval()(x)])

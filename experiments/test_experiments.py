@@ -275,12 +275,13 @@ def test_networks_return_what_their_losses_take():
 def test_pairs_get_the_same_transformations():
     images = torch.randint(256, (6, 3, 32, 32)).byte()
     images[1::2] = images[::2]
-    views = peers.PairedAugment(32, 2)(images)
+    augment = peers.PairedAugment(32, 2)
+    views = augment(augment.crop(images))
     assert torch.equal(views[:, ::2], views[:, 1::2])
     assert not torch.equal(views[0], views[1]) and not torch.equal(views[:, 0], views[:, 2])
     for k in range(6):  # image k stays at place k
         images[k] = 40 * k
-    views = peers.PairedAugment(32, 2, jitter_p=0.0)(images)
+    views = peers.PairedAugment(32, 2, jitter_p=0.0)(augment.crop(images))
     expected = clamp.normalize(images / 255)
     torch.testing.assert_close(views, torch.stack([expected, expected]), rtol=0, atol=1e-3)
 
@@ -308,8 +309,8 @@ def test_changes_of_clamp():
     ("takes a multiple of 8", lambda: peers.w_mse(torch.randn(2, 12, 4))),
     ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 20, 24))),
     ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 16, 32))),
-    ("an even number", lambda: peers.PairedAugment(8, 2)(torch.zeros(3, 3, 8, 8))),
-    ("one size", lambda: peers.PairedAugment(8, 2)(torch.zeros(2, 2, 3, 8, 8))),
+    ("an even number", lambda: peers.PairedAugment(8, 2).crop(torch.zeros(3, 3, 8, 8))),
+    ("one size", lambda: peers.PairedAugment(8, 2).crop(torch.zeros(3, 8, 8))),
 ])
 def test_what_a_peer_cannot_take_is_said(words, call):
     with pytest.raises(clamp.UserError, match=words):
