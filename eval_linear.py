@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import save_image
@@ -95,7 +96,11 @@ def extract(network, data, rows, options):
     # All shares have this length. So the last are filled up with the first rows, to be cut off.
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
-    return clamp.gather(part[None])[0, :len(rows)]  # gather takes [views, n, f]
+    if world == 1:
+        return part
+    features = part.new_empty(world * share, part.shape[1])
+    dist.all_gather_into_tensor(features, part)
+    return features[:len(rows)]
 
 
 def make_split(data, rows, backbone, options):

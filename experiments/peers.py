@@ -166,7 +166,8 @@ def sigreg(z, weight=0.05, directions=256):
     """LeJEPA: squared distance to the mean view, and SIGReg. In random directions, SIGReg compares
     the characteristic function of the embeddings with that of a normal distribution, from -3 to 3.
     It is even, so half of the integral suffices (arXiv 2511.08544)."""
-    a = F.normalize(torch.randn(z.shape[2], directions, device=z.device), dim=0)
+    a = torch.randn(z.shape[2], directions, dtype=z.dtype, device=z.device)
+    a = F.normalize(a, dim=0)
     if dist.is_initialized():
         dist.broadcast(a, 0)  # all processes take the first one's directions
     t = torch.linspace(0, 3, 17, device=z.device)
@@ -182,7 +183,7 @@ def frossl(z, weight=1.0):
     divided by its trace, is least. Views agree by squared distance (release of arXiv 2310.02903)."""
     m, b, d = z.shape
     z = F.normalize(z, dim=1)  # each feature, over the batch
-    c = z.mT @ z / d if b > d else z @ z.mT / d  # both have trace 1 and the same norm
+    c = z @ z.mT / d  # [m, b, b]; its trace is 1, and its norm that of z.mT @ z / d
     distance = (z - z.mean(0)).square().sum() * m / b
     return 2 * torch.linalg.matrix_norm(c).log().sum() + weight * distance
 

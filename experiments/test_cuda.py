@@ -67,8 +67,8 @@ def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, re
 @fake
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("method, waits", [
-    ([], {"probe": 4, "extract_features": 4}),
-    (["--augment"], {"probe": 4, "extract_features": 4}),
+    ([], {"probe": 2, "extract_features": 4}),
+    (["--augment"], {"probe": 2, "extract_features": 4}),
     (["--finetune"], {"place": 2 * 3, "extract_features": 10})])
 def test_training_of_a_probe_or_backbone_never_waits_for_the_gpu(method, waits, tmp_path):
     """Two epochs of three steps for two learning rates, and again for the better one."""
@@ -93,7 +93,9 @@ def test_neighbours_are_copied_to_the_cpu_before_they_are_drawn():
         data, rows = clamp.Data(images, torch.arange(30)), torch.arange(30)
         split = eval_linear.make_split(data, rows, nn.Flatten(), options)
         gpu.waits.clear()
-        eval_linear.draw_neighbours(split, nn.Flatten(), options, "neighbours.png")
+        args = eval_linear.parse_args(["run"])
+        with mock.patch.object(eval_linear, "load_backbone", lambda *_, **__: (nn.Flatten(), {})):
+            eval_linear.draw_neighbours(split, args, options, "neighbours.png")
     assert gpu.waits == {"draw_neighbours": 2, "extract_features": 2, "image_batches": 3 * 12}
 
 

@@ -123,8 +123,60 @@ def loop_no_centring(z):
     return loop_loss(z, center=False)[0]
 
 
-SHAPES = {"no_centring": (3, 12, 6), "w_mse": (3, 12, 3), "shuffled_dbn": (3, 20, 32),
-          "simsiam": (3, 6, 8), "byol": (2, 6, 8), "swav": (3, 6, 5), "ce_ssl": (2, 6, 8)}
+def loop_dcl(z):
+    m, b, _ = z.shape
+    z, loss = F.normalize(z, dim=2) / math.sqrt(0.1), 0
+    for i in range(b):
+        others = torch.stack([z[u, j] for u in range(m) for j in range(b) if j != i])
+        loss += sum((others @ z[v, i]).exp().sum().log() - z[v, i] @ z[w, i] for v, w in pairs(m))
+    return loss / b / len(pairs(m))
+
+
+def loop_sigreg(z):
+    torch.manual_seed(0)
+    m, b, d = z.shape
+    directions, t = torch.randn(d, 256, dtype=z.dtype), torch.linspace(-3, 3, 33, dtype=z.dtype)
+    statistic, normal = 0, (-t**2 / 2).exp()
+    for view in z:
+        for a in directions.T:
+            x = torch.exp(1j * t[:, None] * (view @ a / a.norm())).mean(1) - normal
+            statistic += b * torch.trapezoid(x.abs() ** 2 * normal, t) / 256 / m
+    return 0.05 * statistic + 0.95 * ((z - z.mean(0)) ** 2).mean()
+
+
+def loop_frossl(z):
+    m, b, d = z.shape
+    z = torch.stack([view / (view**2).sum(0).sqrt() for view in z])
+    loss = m * sum((view - z.mean(0)).pow(2).sum() for view in z) / b
+    for view in z:
+        values = torch.linalg.eigvalsh(view.T @ view)
+        loss += ((values / values.sum()) ** 2).sum().log()
+    return loss
+
+
+def loop_tcr(z):
+    m, b, d = z.shape
+    z = torch.stack([torch.stack([x / x.norm() for x in view]) for view in z])
+    cosines = [F.cosine_similarity(view, z.mean(0), dim=1).mean() for view in z]
+    rates = [(1 + d / (b * 0.2) * torch.linalg.svdvals(view) ** 2).log().sum() / 2 for view in z]
+    return (-200 * sum(cosines) - sum(rates)) / m
+
+
+def loop_ellipsoid(z):
+    m, b, _ = z.shape
+    z = F.normalize(z - z.mean((0, 1)), dim=2)
+    centers, covariances, energy = z.mean(0), [x.T.cov().detach() for x in z.unbind(1)], 0
+    for i, j in pairs(b):
+        metric = torch.linalg.pinv(covariances[i] + covariances[j], rtol=1e-9, hermitian=True)
+        step = centers[i] - centers[j]
+        energy += (1 - (step @ metric @ step).sqrt() / 3).clamp(min=0) ** 2 / 2
+    return (energy + 1e-6).log()
+
+
+SHAPES = {"dcl": (3, 6, 5), "sigreg": (3, 8, 4), "frossl": (3, 6, 8), "tcr": (3, 8, 4),
+          "ellipsoid": (3, 6, 8), "no_centring": (3, 12, 6), "w_mse": (3, 12, 3),
+          "shuffled_dbn": (3, 20, 32), "simsiam": (3, 6, 8), "byol": (2, 6, 8), "swav": (3, 6, 5),
+          "ce_ssl": (2, 6, 8)}
 
 
 def loss_of_share(name, rank=0, world=1):
