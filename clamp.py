@@ -44,7 +44,7 @@ class UserError(Exception):
 
 # -------- packing loss
 
-def balls(z, radius_scale=7.0, center=True):
+def balls(z, radius_scale=7.0):
     """Wrap the views of each image in a ball: z [m, b, d] -> centres Z_i [b, d], radii r_i [b].
 
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
@@ -52,15 +52,13 @@ def balls(z, radius_scale=7.0, center=True):
 
     (min(m, d) as in the authors' code. The exact rank of L_i is at most m - 1.)
     radius_scale: with 7, r_i + r_j is above max_reach until the views of an image nearly agree.
-    center: subtract the mean of all embeddings before they are put on the sphere, as the authors'
-    code does. float64 stays, other types become float32."""
+    As in the authors' code, the mean of all embeddings is subtracted before they are put on the
+    sphere. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
     z = z if z.dtype == torch.float64 else z.float()
-    if center:
-        z = z - z.mean((0, 1))
-    z = F.normalize(z, dim=2)
+    z = F.normalize(z - z.mean((0, 1)), dim=2)
     trace = z.var(0).sum(1)  # Tr(L_i), the sum of the variances
     return z.mean(0), radius_scale * (trace / min(m, d) + 1e-12).sqrt()
 
@@ -75,19 +73,19 @@ def overlap(centers, radii, max_reach=1.5):
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
 
-def packing_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
+def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     """log(E + 1e-6), where E is the energy of the packing of embeddings z [m, b, d], which need not
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
-    x = overlap(*balls(z, radius_scale, center), max_reach)
+    x = overlap(*balls(z, radius_scale), max_reach)
     energy = x.relu().square().sum() / 2  # replace this by another potential >= 0, with f(-inf) = 0
     return (energy + 1e-6).log()
 
 
 @torch.no_grad()
-def packing_numbers(z, radius_scale=7.0, max_reach=1.5, center=True):
+def packing_numbers(z, radius_scale=7.0, max_reach=1.5):
     """Scalars that describe the packing of z [m, b, d], for the log."""
-    centers, radii = balls(z, radius_scale, center)
+    centers, radii = balls(z, radius_scale)
     neighbours = overlap(centers, radii, max_reach) > 0
     offsets = (centers - centers.mean(0)).double()
     covariance = offsets.T @ offsets / len(offsets)

@@ -73,10 +73,10 @@ def refused(words, function, *args, **parts):
 
 # -------- packing loss
 
-def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
+def loop_loss(z, radius_scale=7.0, max_reach=1.5):
     """The equations, one image and one pair at a time, with the full covariance matrix."""
     m, b, d = z.shape
-    z = z - sum(z.flatten(0, 1)) / (m * b) if center else z
+    z = z - sum(z.flatten(0, 1)) / (m * b)
     clouds = [torch.stack([view / view.norm() for view in views]) for views in z.unbind(1)]
     centers = [sum(cloud) / m for cloud in clouds]
     radii = [radius_scale * (x.T.cov().trace() / min(m, d) + 1e-12).sqrt() for x in clouds]
@@ -95,7 +95,7 @@ def loop_loss(z, radius_scale=7.0, max_reach=1.5, center=True):
 
 @pytest.mark.parametrize("shape", [(4, 7, 5), (2, 6, 16), (5, 4, 3), (2, 30, 16)])
 @pytest.mark.parametrize("options", [
-    {}, dict(center=False, max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.4)])
+    {}, dict(max_reach=math.inf), dict(radius_scale=4.0), dict(max_reach=1.4)])
 def test_loss_gradient_and_numbers_equal_the_equations(shape, options):
     z = embeddings(*shape)
     z[:, 0] = z[:, 1] + 1e-4  # closer than 1e-3
@@ -137,7 +137,7 @@ def test_overlap_autocast_nan_and_wrong_shapes():
     for wrong in z[:1], z[0]:
         pytest.raises(ValueError, clamp.packing_loss, wrong).match("views >= 2")
     z[1, 2, 3] = math.nan
-    assert clamp.packing_loss(z).isnan() and clamp.packing_loss(z, center=False).isnan()
+    assert clamp.packing_loss(z).isnan()
 
 
 # -------- augmentation

@@ -6,9 +6,6 @@ METHODS, at the end of this file, lists what each method brings: a loss, and for
 augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
 processes. Its other arguments are flags, too, such as --temperature for simclr; --help shows
 clamp.py's flags only. All views go through the network, and its batch norm, together.
-
-no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
-two radii is at the cap, so that only the centres matter.
 """
 
 import argparse
@@ -43,12 +40,11 @@ def across_views(x, y):
 
 
 def similarities(z, temperature):
-    """Cosines of all views, divided by the temperature, and 1 for two views of an image, else 0,
-    both [m * b, m * b]. A view and itself have -1e9 and 0."""
+    """Cosines / temperature of all views, and 1 for two views of an image, both [m * b, m * b]."""
     m, b, _ = z.shape
     z = F.normalize(z.flatten(0, 1), dim=1)
     same = torch.eye(b, device=z.device).repeat(m, m).fill_diagonal_(0)
-    return (z @ z.T / temperature).fill_diagonal_(-1e9), same
+    return (z @ z.T / temperature).fill_diagonal_(-1e9), same  # without a view and itself
 
 
 def simclr(z, temperature=0.1):
@@ -164,17 +160,16 @@ def ce_ssl(z, weight=0.4, temperature=0.1):
 
 def sigreg(z, weight=0.05, directions=256):
     """LeJEPA: squared distance to the mean view, and SIGReg. In random directions, SIGReg compares
-    the characteristic function of the embeddings with that of a normal distribution, from -3 to 3.
-    It is even, so half of the integral suffices (arXiv 2511.08544)."""
-    a = torch.randn(z.shape[2], directions, dtype=z.dtype, device=z.device)
-    a = F.normalize(a, dim=0)
+    the characteristic function of embeddings with that of a normal distribution, on -3 to 3, where
+    it is even (arXiv 2511.08544)."""
+    a = F.normalize(torch.randn(z.shape[2], directions, dtype=z.dtype, device=z.device), dim=0)
     if dist.is_initialized():
         dist.broadcast(a, 0)  # all processes take the first one's directions
     t = torch.linspace(0, 3, 17, device=z.device)
     normal = (-t.square() / 2).exp()
     x = (z @ a)[..., None] * t  # [m, b, directions, 17]
     error = (x.cos().mean(1) - normal).square() + x.sin().mean(1).square()
-    statistic = z.shape[1] * 2 * torch.trapezoid(error * normal, t).mean()
+    statistic = z.shape[1] * 2 * torch.trapezoid(error * normal, t).mean()  # 2: both halves
     return weight * statistic + (1 - weight) * (z - z.mean(0)).square().mean()
 
 
@@ -211,11 +206,6 @@ def ellipsoid(z, reach=3.0):
     inverse = torch.linalg.pinv(both @ both.mT, rtol=1e-9, hermitian=True)
     distance = (inverse @ both @ (centers[i] - centers[j])[:, :, None]).norm(dim=(1, 2))
     return ((1 - distance / reach).relu().square().sum() + 1e-6).log()
-
-
-def no_logarithm(z, radius_scale=7.0, max_reach=1.5):
-    """CLAMP's energy E itself; its loss is log(E + 1e-6)."""
-    return clamp.packing_loss(z, radius_scale, max_reach).exp() - 1e-6
 
 
 # -------- networks
@@ -344,9 +334,6 @@ METHODS = {
     "frossl": dict(loss=frossl, flags="--projector 2048 1024"),
     "tcr": dict(loss=tcr, flags="--projector 2048 256"),
     "ellipsoid": dict(loss=ellipsoid, network=clamp.build_network),
-    "no_centring": dict(loss=partial(clamp.packing_loss, center=False),
-                        network=clamp.build_network),
-    "no_logarithm": dict(loss=no_logarithm, network=clamp.build_network),
 }
 
 
