@@ -194,7 +194,8 @@ class MultiViewAugment:
             return torch.stack([crop(images) for _ in range(self.views)])
         b, _, height, width = images.shape
         boxes = random_boxes(b * self.views, height, width, self.crop_scale, images.device)
-        boxes = [*boxes.split(self.views)]  # m boxes of each image
+        image = torch.arange(b, device=images.device).repeat_interleave(self.views)
+        boxes = torch.cat([image[:, None], boxes], 1)  # [b * m, 5]: the image of a box comes first
         # roi_align crops and resizes bilinearly. Where it shrinks, it averages.
         crops = roi_align(images.float(), boxes, self.size, aligned=True).round().byte()
         return crops.unflatten(0, (b, self.views))
