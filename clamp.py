@@ -50,10 +50,8 @@ def balls(z, radius_scale=7.0):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    (min(m, d) as in the authors' code. The exact rank of L_i is at most m - 1.)
-    radius_scale: with 7, r_i + r_j is above max_reach until the views of an image nearly agree.
-    As in the authors' code, the mean of all embeddings is subtracted before they are put on the
-    sphere. float64 stays, other types become float32."""
+    As in the authors' code, min(m, d) stands for the rank of L_i, and the mean of all embeddings is
+    subtracted before they are put on the sphere. float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -66,9 +64,11 @@ def balls(z, radius_scale=7.0):
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
     for balls that are apart, and -inf for pairs that are left out: i = j, and, as in the authors'
-    code, all centres closer than 1e-3. max_reach comes from their code, too."""
+    code, pairs closer than 1e-3. max_reach is theirs, too. While r_i + r_j is above it, only the
+    centres have a gradient. They are means of unit vectors, so they can move apart farther if the
+    views agree."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # its gradient at i = j is 0, not NaN
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist's gradient at 0 is 0, not NaN
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -78,7 +78,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    energy = x.relu().square().sum() / 2  # replace this by another potential >= 0, with f(-inf) = 0
+    energy = x.relu().square().sum() / 2  # or another potential >= 0, which is 0 at -inf
     return (energy + 1e-6).log()
 
 
@@ -103,7 +103,7 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5):
 def random_boxes(n, height, width, scale, device):
     """n crop boxes (left, top, right, bottom), [n, 4], for images of height x width. As in
     RandomResizedCrop, a box is the first of ten tries that fits into the image. If none fits, it is
-    the largest with sides between 3:4 and 4:3, at a random place (there: in the middle)."""
+    the largest with sides between 3:4 and 4:3, at a random place (torchvision: in the middle)."""
     # The tries are [10, n].
     area = height * width * torch.empty(10, n, device=device).uniform_(*scale)
     aspect = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -119,7 +119,7 @@ def random_boxes(n, height, width, scale, device):
 
 # The next functions compute what torchvision's do, on images x [n, 3, h, w] with values in 0..1.
 # But each image has its own change or sigma [n, 1, 1, 1]. A change or sigma of 0 does nothing.
-# 1 + change is torchvision's factor. For hue, it is the change itself.
+# torchvision's factor is 1 + change, and for hue, change.
 
 def brightness(x, change):
     return (x * (1 + change)).clamp(0, 1)
@@ -169,7 +169,8 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalize(x):
-    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))  # no wait for a GPU
+    # With non_blocking, the CPU does not wait for the GPU.
+    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))
     return (x - mean) / std
 
 
@@ -187,8 +188,8 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def crop(self, images):
-        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. For a
-        single image [3, H, W] from a file, which may be large, [m, 3, size, size]."""
+        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. Loader
+        workers call this for a single image from a file: [3, H, W] -> [m, 3, size, size]."""
         if images.ndim == 3:
             crop = v2.RandomResizedCrop(self.size, self.crop_scale)
             return torch.stack([crop(images) for _ in range(self.views)])
@@ -328,8 +329,8 @@ class LARS(torch.optim.SGD):
     """SGD with weight decay and layer-wise rates (arXiv 1708.03888). For each weight tensor w, the
     gradient g becomes
         eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w).
-    The fraction is 1 if |w| or |g| is 0, or if eta = 0, which is plain SGD with weight decay.
-    Biases and batch norm keep their gradients."""
+    The fraction is left out if |w| or |g| is 0, or if eta = 0, which is plain SGD with weight
+    decay. Biases and batch norm keep their gradients."""
 
     def __init__(self, parameters, lr, momentum, weight_decay, eta):
         super().__init__(parameters, lr, momentum)
@@ -353,7 +354,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup is a float, and may be below 1
+        return min(1, (step + 1) / warmup)  # warmup may be a fraction of a step
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -371,14 +372,16 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))  # plain types
-    if data and args.recipe == "patterns":  # parse_args' default: 3 epochs, for drawn textures
-        raise UserError("data: name a recipe, as in parse_args(['--recipe', 'small'])")
+    # Plain types only, as torch.load() returns them from a checkpoint.
+    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
+    if data and args.recipe == "patterns":  # what parse_args takes if no recipe is named
+        raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
+                        "parse_args(['--recipe', 'small'])")
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
-    own = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
-    settings = vars(args) | {"own": [name for name in own if own[name] is not None],
-                             "data": "own" if data else args.data}
+    parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
+    own = [name for name, part in parts.items() if part is not None]
+    settings = vars(args) | {"own": own, "data": "own" if data else args.data}
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
@@ -387,7 +390,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
-    # A node that does not see the run folder would start from epoch 0.
+    # The first epoch is another one on a node that does not see the run folder.
     agree(settings | {"number of images": n, "first epoch": start})
 
     torch.manual_seed(args.seed)  # for the weights
@@ -398,14 +401,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     make_optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                           weight_decay=args.weight_decay, eta=args.eta)
     optimizer = make_optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has lower rates
+    peaks = [group["lr"] for group in optimizer.param_groups]  # before a checkpoint is loaded
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(network=network, optimizer=optimizer, scaler=scaler)
-    for name, part in parts.items():
+    saved = dict(network=network, optimizer=optimizer, scaler=scaler)
+    for name, part in saved.items():
         if checkpoint and checkpoint[name]:  # the scaler has no state without fp16
             part.load_state_dict(checkpoint[name])
     if args.compile:
         network.compile(mode=args.compile)
+    # network is what is saved and read out, model what is trained.
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -417,7 +421,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, parts)  # from now on, load_checkpoint() refuses others
+            save(out, log, settings, 0, saved)  # so load_checkpoint() refuses other settings
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
@@ -445,8 +449,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
 
             bar.update()
             if step == 0 and rank == 0:
-                grid = views[:8, :8].transpose(0, 1).flatten(0, 1)
-                save_image(grid, out / "views.png", nrow=len(views[:8]), normalize=True)
+                few = views[:8, :8].transpose(0, 1)  # [images, views, 3, size, size]
+                save_image(few.flatten(0, 1), out / "views.png", nrow=few.shape[1], normalize=True)
             if k % math.ceil(steps / 20) == 0 or k + 1 == steps:  # not often: a GPU has to wait
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
@@ -465,9 +469,9 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
                 record["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             bar.write(", ".join(f"{x} {number:.4g}" for x, number in record.items()))
             log.append(record)
-            save(out, log, settings, epoch + 1, parts)
+            save(out, log, settings, epoch + 1, saved)
     bar.close()
-    if rank == 0 and {"network", "data"}.isdisjoint(settings["own"]):
+    if rank == 0 and {"network", "data"}.isdisjoint(own):
         # The command line of eval_linear.py knows only networks and data that flags describe.
         print(f"finished; next: python eval_linear.py {out}")
 
@@ -482,7 +486,7 @@ def progress(*args, **options):
 
 def read_numbers(loss, z, network, args, epoch):
     """Numbers for the log. The packing's numbers are logged for any loss, because they show a
-    collapse. Raises UserError if the loss or a weight is not finite."""
+    collapse. Raises UserError, in all processes, if the loss or a weight is not finite."""
     numbers = {"loss": loss} | packing_numbers(z, args.radius_scale, args.max_reach)
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
     numbers = {name: number.item() for name, number in numbers.items()}
@@ -493,7 +497,8 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ, without those that may differ when a run continues."""
+    """The names of settings that differ. Some may: a recipe only stands for other settings, and
+    results do not depend on the others."""
     names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -503,7 +508,7 @@ def load_checkpoint(out, settings):
     continued with these settings."""
     if not Path(out, "checkpoint.pt").exists() and not Path(out, "backbone.pt").exists():
         return None
-    try:  # this fails, too, if only backbone.pt is there; it would be overwritten
+    try:
         checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
         changed = differences(settings, checkpoint["settings"])
     except Exception:  # torch.load raises many types
@@ -590,8 +595,8 @@ def pick_readout(data, args):
 
 
 def knn_readout(network, readout, size, device, dtype):
-    """20-NN accuracy in %: half of the images are queries, the other half the bank. They are in
-    random order."""
+    """20-NN accuracy in %: half of the images are queries, the other half the bank.
+    pick_readout() has put them in random order."""
     n, y = len(readout.labels), readout.labels.to(device)
     x = extract_features(network.eval().backbone, readout, torch.arange(n), size, device, dtype)
     return knn_accuracy(x[n // 2:], y[n // 2:], x[:n // 2], y[:n // 2])
@@ -609,7 +614,7 @@ class Data:
     """n images, in memory or in files. Training uses labels for the k-NN read-out only."""
     images: torch.Tensor  # uint8 [n, 3, H, W], or None if the files are read when needed
     labels: torch.Tensor  # int64 [n], -1 if unknown
-    files: np.ndarray = None  # n names; each loader worker would copy a list
+    files: np.ndarray = None  # n names. (A list would be copied by each loader worker.)
     unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
@@ -701,15 +706,13 @@ def list_images(path, split):
             raise error
 
     parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
-    seen = {str(folder) for folder in path.resolve().parents}
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
-        if os.path.realpath(at) in seen:  # a link has led back
-            folders.clear()
+        if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
+            folders.clear()  # a link has led back
             continue
-        seen.add(os.path.realpath(at))
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not Path(at, name, "checkpoint.pt").exists())
-        way = Path(at).relative_to(path).parts
+        way = Path(at).relative_to(path).parts  # such as ("train", "cat")
         part = SPLITS.get(way[0].lower(), "") if way else ""
         way = way[1:] if part else way
         label = way[0] if way else None
@@ -783,9 +786,9 @@ def keep_in_memory(data):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """dataset[row, seed] is (crop(image), problem) of the image in files[row]; problem is an empty
-    string. If it cannot be read, the next readable one takes its place (but not its label), and
-    problem says why."""
+    """dataset[row, seed] is (crop(image), problem) for the image in files[row]. If it cannot be
+    read, problem says why, and the next readable one takes its place (but not its label).
+    Otherwise problem is an empty string."""
 
     def __init__(self, files, crop):
         self.files, self.crop = files, crop
@@ -804,7 +807,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def seed_of(*integers):
     """A seed that follows from some integers, in every process and run."""
-    return hash(integers)
+    return hash(integers)  # of strings, it would differ from run to run
 
 
 def draw_batches(n, batch_size, epochs, seed):
@@ -825,7 +828,7 @@ def image_batches(data, batches, crop, device, workers=0, seed=0, first_step=0):
         for step, rows in enumerate(batches, first_step):
             torch.manual_seed(seed_of(seed, step, rows[0].item()))
             crops = crop(data.images[rows.to(data.images.device, non_blocking=True)])
-            # If a copy from a GPU to the CPU were not waited for, it would be read too early.
+            # pick_readout() copies from a GPU to the CPU. That has to be waited for.
             yield crops.to(device, non_blocking=device.type == "cuda")
         return
     items = ([(row, seed_of(seed, step, row)) for row in rows.tolist()]
@@ -951,14 +954,16 @@ def command_line(main):
     try:
         main()
     except Exception as error:
-        message = str(error).split("UserError: ")[-1].strip()  # DataLoader adds a traceback
-        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        message = str(error).split("UserError: ")[-1].strip()  # loader workers add a traceback
+        if isinstance(error, UserError):
+            pass
+        elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in message):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
             message = ("the loader workers lack shared memory; give --workers 0, or enlarge "
                        "/dev/shm (docker run --shm-size)")
-        elif not isinstance(error, (UserError, OSError)):
+        elif not isinstance(error, OSError):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -187,7 +187,8 @@ def test_crops_are_bilinear_and_averages_where_they_shrink():
     for size, box in (8, (4, 8, 28, 32)), (12, (0, 5, 24, 29)):
         left, top, right, bottom = box
         expected = F.avg_pool2d(images[:, :, top:bottom, left:right].float(), 24 // size).round()
-        assert_close(views(size, box)[1], TF.normalize(expected / 255, MEAN, STD), rtol=0, atol=0.018)
+        expected = TF.normalize(expected / 255, MEAN, STD)
+        assert_close(views(size, box)[1], expected, rtol=0, atol=0.018)
     middle = pictures()[:, :, 1:19, 5:23]  # 7/8 of 20
     assert_close(clamp.center_crop(pictures(), 16), TF.resize(middle, [16, 16], antialias=True))
 
@@ -290,7 +291,8 @@ def write_pictures(folder, n, sizes=ONE_SIZE, seed=0):
     "train/a/1:0 train/b/1:1 val/a/1:t0 test/1", "train/a/1:0 train/b/1:1 val/a/1 test/b/1:t1",
     "Training/a/1:0 Training/b/1:1 Valid/a/1:t0",
     "train/a/1:0 train/b/1:1 train/a/up>../.. test/b/1:t1",
-    "a/1:0 b/1:1 val/a/1:t0", "train/1:-1 test/1", "a/1:0 b/1:1 b/up>.. ../x/1 c>../x c/1:2",
+    "a/1:0 b/1:1 c>b c/1:2", "a/1:0 b/1:1 val/a/1:t0", "train/1:-1 test/1",
+    "a/1:0 b/1:1 b/up>.. ../x/1 c>../x c/1:2",
     "a/1:0 b/1:1 a/.2 a/._1.png .c/1 a/.thumbnails/1 __MACOSX/a/1 run/views run/checkpoint.pt"])
 def test_folders(names, tmp_path):
     """After : is the label, with t for a test image; names without are left out. > is a link."""
@@ -531,7 +533,7 @@ def assert_same_runs(whole, other):
     assert not list(other.glob("*.part"))
 
 
-class FixedViews(clamp.MultiViewAugment):  # without random numbers, as processes draw different ones
+class FixedViews(clamp.MultiViewAugment):  # without random numbers, which processes draw apart
     def crop(self, images):
         return images
 
@@ -663,7 +665,7 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
             (tmp_path, "small", None, "holds a run with another data, own"),
             (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images"),
             (tmp_path / "new", "small", (images, labels.int()), "and labels int64"),
-            (tmp_path / "new", "patterns", (images, labels), "name a recipe")):
+            (tmp_path / "new", "patterns", (images, labels), "name another one")):
         refused(words, train_once, out, "--limit", 70, "--recipe", recipe, data=data)
     assert not (tmp_path / "new").exists()
 
