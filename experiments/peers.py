@@ -7,8 +7,8 @@ augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of t
 processes. Its other arguments are flags, too, such as --temperature for simclr; --help shows
 clamp.py's flags only. All views go through the network, and its batch norm, together.
 
-no_centring and no_logarithm are CLAMP without these parts. With --radius-scale 1e6, every sum of
-two radii is at the cap, so that only the centres matter.
+clamp is what clamp.py trains, and no_centring and no_logarithm are CLAMP without these parts. With
+--radius-scale 1e6, every sum of two radii is at the cap, so that only the centres matter.
 """
 
 import argparse
@@ -269,13 +269,15 @@ METHODS = {
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048 128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048 256"),
+    "clamp": dict(loss=clamp.packing_loss, network=clamp.build_network),
     "no_centring": dict(loss=partial(clamp.packing_loss, center=False),
                         network=clamp.build_network),
     "no_logarithm": dict(loss=no_logarithm, network=clamp.build_network),
 }
 
 
-def main(method="", *flags):
+def prepare(method="", *flags):
+    """args, loss_fn, network and augment, as clamp.train takes them."""
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
     parts = dict(network=build_network, augment=None, flags="") | METHODS[method]
@@ -290,8 +292,13 @@ def main(method="", *flags):
     torch.manual_seed(args.seed)
     network = parts["network"](args)
     loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
+    return args, loss_fn, network, parts["augment"]
+
+
+def main(method="", *flags):
+    parts = prepare(method, *flags)
     try:
-        clamp.train(args, loss_fn, network, parts["augment"])
+        clamp.train(*parts)
     except torch.linalg.LinAlgError as error:
         raise clamp.UserError(f"{method} has diverged ({error}); give a lower --lr, another --out")
 
