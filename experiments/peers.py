@@ -330,6 +330,7 @@ METHODS = {
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048 128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048 256"),
+    "clamp": dict(loss=clamp.packing_loss, network=clamp.build_network),
     "sigreg": dict(loss=sigreg, flags="--projector 2048 128"),
     "frossl": dict(loss=frossl, flags="--projector 2048 1024"),
     "tcr": dict(loss=tcr, flags="--projector 2048 256"),
@@ -337,7 +338,8 @@ METHODS = {
 }
 
 
-def main(method="", *flags):
+def prepare(method="", *flags):
+    """args, loss_fn, network and augment, as clamp.train takes them."""
     if method not in METHODS:
         raise clamp.UserError(f"'{method}' is not one of {', '.join(METHODS)}; name one first")
     parts = dict(network=build_network, augment=None, flags="") | METHODS[method]
@@ -352,8 +354,13 @@ def main(method="", *flags):
     torch.manual_seed(args.seed)
     network = parts["network"](args)
     loss_fn = partial(parts["loss"], **{name: getattr(args, name) for name in numbers})
+    return args, loss_fn, network, parts["augment"]
+
+
+def main(method="", *flags):
+    parts = prepare(method, *flags)
     try:
-        clamp.train(args, loss_fn, network, parts["augment"])
+        clamp.train(*parts)
     except torch.linalg.LinAlgError as error:
         raise clamp.UserError(f"{method} has diverged ({error}); give a lower --lr, another --out")
 

@@ -24,6 +24,7 @@ import clamp  # noqa: E402
 import eval_linear  # noqa: E402
 import fake_cuda  # noqa: E402
 import memory  # noqa: E402
+import speedrun  # noqa: E402
 from test_clamp import FixedViews, tiny_network, write_pictures  # noqa: E402
 
 fake = pytest.mark.skipif(bool(fake_cuda.MISSING), reason=fake_cuda.MISSING)
@@ -62,6 +63,17 @@ def test_training_waits_for_the_gpu_in_read_outs_only(streamed, world, steps, re
     weights = size(network.parameters())
     assert gpu.held == weights * (2 if world == 1 else 3) + size(network.buffers())
     assert gpu.peak > gpu.held + weights  # the momentum
+
+
+@fake
+def test_a_speedrun_looks_at_the_clock_without_waiting_for_the_gpu(tmp_path, monkeypatch):
+    backbone = tiny_network().backbone
+    backbone.num_features = 8 * 49
+    monkeypatch.setattr(clamp, "build_backbone", lambda *_: backbone)
+    data = torch.zeros(84, 3, 32, 32, dtype=torch.uint8), torch.arange(84)
+    with fake_cuda.fake_gpu() as gpu:
+        times = speedrun.train("simclr", [*FEW, "--recipe", "small"], data, 1, tmp_path)
+    assert len(times) == 21 and gpu.waits["image_batches"] == 1 and "train" not in gpu.waits
 
 
 @fake

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from functools import partial, wraps
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import eval_linear  # noqa: E402
 import figures  # noqa: E402
 import geometry  # noqa: E402
 import peers  # noqa: E402
+import speedrun  # noqa: E402
 import sphere  # noqa: E402
 from test_clamp import no_gpu, tiny_network, torchrun  # noqa: E402, F401
 
@@ -431,6 +434,46 @@ def test_sphere_films_a_tiny_run_and_draws_a_finished_one(tmp_path, monkeypatch)
     assert Image.open(tmp_path / "run" / "sphere.png").size == (2700, 450)
     with pytest.raises(clamp.UserError, match="a projector of three outputs"):
         sphere.main(flags=["--projector", "32", "4"])
+
+
+def run_job(job, out, scale=4e-4, minutes=40 / 54, winner="--lr 1.6", clock=range(1000)):
+    """The lines of the results. The clock is what each look at it tells."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clamp, "build_backbone", tiny_backbone)
+        patch.setattr(speedrun, "time", SimpleNamespace(monotonic=partial(next, iter(clock))))
+        speedrun.main(job, "patterns", out, minutes, scale, winner)
+    return [json.loads(line) for line in open(out / "results.jsonl")]
+
+
+@pytest.mark.parametrize("job, scale, looks", [("ten_million", 4e-4, 5), ("long", 0.15, 10)])
+def test_job_out_of_time_continues_and_ends_as_the_whole_one(job, scale, looks, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run_job(job, whole, scale)
+    with pytest.raises(SystemExit) as stop:
+        run_job(job, parts, scale, clock=chain(range(looks), repeat(41)))
+    assert not stop.value.code and "over: call again" in capsys.readouterr().out
+    name = expected[0]["name"]
+    assert torch.load(parts / name / "checkpoint.pt")["epoch"] == 2
+    lines = run_job(job, parts, scale, minutes=9)  # the epochs that were chosen remain
+    for key in "name", "epochs", "views", "linear", "knn":
+        assert [line[key] for line in lines] == [line[key] for line in expected]
+    weights = [torch.load(out / name / "checkpoint.pt")["network"] for out in (whole, parts)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert lines[0]["epochs"] == 4 and run_job(job, parts, scale) == lines  # nothing is left to do
+    for flags, words in ({"winner": None}, "--winner"), ({"winner": "--lr 3"}, "another lr"):
+        with pytest.raises(clamp.UserError, match=words):
+            run_job(job, parts, scale, **flags)
+
+
+def test_pilots_are_judged_on_held_out_images_and_may_diverge(tmp_path, monkeypatch):
+    monkeypatch.setitem(speedrun.JOBS, "pilots", [
+        ("wild", "clamp", f"{speedrun.BASE} --lr 1e30", 2), ("tame", "simclr", speedrun.SIMCLR, 2)])
+    wild, tame = run_job("pilots", tmp_path)
+    assert "not finite" in wild["error"] and tame["knn"] > 30  # chance: 17
+    judged = json.loads((tmp_path / "tame" / "linear.jsonl").read_text())
+    assert (judged["n_train"], judged["n_test"]) == (571, 144)  # 715 of the training images
+    (train, _), (test, _) = speedrun.hold_out(torch.arange(30), torch.arange(30) % 3)
+    assert train.sort().values.tolist() == [*range(24)] and len(test) == 6
 
 
 def test_benchmark_compares_the_same_loss_and_runs():
