@@ -5,15 +5,15 @@
     python eval_linear.py runs/cifar10 --random-init        the same network untrained: the floor
     python eval_linear.py runs/cifar10 --data cifar100      on other images
     python eval_linear.py runs/cifar10 --labels 0.01        on 1 % of the labels of each class
-    python eval_linear.py runs/cifar10 --labels names.txt   on those of the files named in a list
+    python eval_linear.py runs/cifar10 --labels names.txt   on the labels of the files in a list
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
 The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
 of the training images picks its learning rate. Then it is trained on all of them, and tested once.
 The result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
-backbone finds alike. If the images have no labels, there is no result, but features.pt: the names
-of all training images and their features.
+backbone finds alike. Without labels, there is only this picture, and features.pt: the names of all
+training images and their features.
 """
 
 import argparse
@@ -46,18 +46,22 @@ class Split:
         return Split(self.data, self.rows[cut], self.labels[cut], self.features[cut])
 
 
-def load_backbone(path, pretrained=True, backbone=None):
+def load_backbone(path, pretrained=True, backbone=None, seed=0):
     """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
     holds: backbone, epoch and settings. Raises UserError if the file and the backbone do not fit.
-    pretrained: if False, the weights stay random, or as they are.
-    backbone: a module of your own to load the weights into."""
+    backbone: a module of your own to load the weights into.
+    pretrained: if False, they are not loaded. Those of torchvision's network follow from the seed.
+    """
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        arch, stem = saved["settings"]["arch"], saved["settings"]["stem"]
-        backbone = backbone or clamp.build_backbone(arch, stem)
-        loaded = backbone if pretrained else copy.deepcopy(backbone)
-        loaded.load_state_dict(saved["backbone"])
+        torch.manual_seed(seed)
+        if backbone is None:
+            backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
+        if pretrained:
+            backbone.load_state_dict(saved["backbone"])
+        else:  # only see whether they would fit
+            copy.deepcopy(backbone).load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many types
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone")
@@ -65,25 +69,22 @@ def load_backbone(path, pretrained=True, backbone=None):
 
 
 def choose_rows(data, rows, part):
-    """The rows whose labels are used, of rows [n] in random order. part: None for all of them; a
-    fraction, for the first of each class; or a text file with the names of image files, separated
-    by white space, such as SimCLR's lists of ImageNet."""
+    """Those of the rows [n], which are in random order, whose labels are to be used.
+    part: None for all of them; a fraction, for the first of the rows of each class; or a text file
+    with names of image files, separated by white space, such as SimCLR's lists of ImageNet."""
     if part is None:
         return rows
-    kept = torch.zeros(len(rows), dtype=torch.bool)
     if isinstance(part, float):
-        labels = data.labels[rows]
+        labels, kept = data.labels[rows], []
         for label in labels.unique():
             places = (labels == label).nonzero()[:, 0]
-            kept[places[:max(1, round(part * len(places)))]] = True
-        return rows[kept]
-    names = set(Path(part).read_text(errors="surrogateescape").split())  # any bytes are a name
+            kept.append(places[:max(1, round(part * len(places)))])
+        return rows[torch.cat(kept).sort().values]
+    names = set(Path(part).read_text(errors="surrogateescape").split())  # as files are decoded
     files = [] if data.files is None else data.files[rows.numpy()]
-    for k, file in enumerate(files):
-        kept[k] = Path(file).name in names
-    fitting = {Path(file).name for file in files} & names
-    if not names or len(fitting) < len(names) or kept.sum() > len(names):
-        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {kept.sum()} training "
+    kept = [k for k, file in enumerate(files) if Path(file).name in names]
+    if not names or {Path(files[k]).name for k in kept} != names or len(kept) > len(names):
+        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {len(kept)} training "
                               "files; each has to fit one")
     return rows[kept]
 
@@ -93,14 +94,14 @@ def extract(network, data, rows, options):
     options: size, device, dtype and workers, as clamp.extract_features takes them."""
     rank, world = clamp.rank_and_world()
     share = math.ceil(len(rows) / world)
-    # All shares have this length. So the last are filled up with the first rows, to be cut off.
+    # All shares need the same length. Beyond the end, they go on with the first rows (%).
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
     if world == 1:
         return part
     features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)
-    return features[:len(rows)]
+    dist.all_gather_into_tensor(features, part)  # takes half the memory of clamp.gather()
+    return features[:len(rows)]  # without what came after the end
 
 
 def make_split(data, rows, backbone, options):
@@ -109,7 +110,7 @@ def make_split(data, rows, backbone, options):
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """Random crops and flips only."""
+    """MultiViewAugment without its changes of colour."""
 
     def photometric(self, x):
         return x
@@ -130,11 +131,11 @@ def augmented_images(split, args, options):
     randomly cropped and flipped."""
     rank, world = clamp.rank_and_world()
     augment = CropAndFlip(options["size"], views=1)
-    # Every call of training_steps() draws the same batches.
+    # training_steps() draws the same batches whenever it is called. Loader workers only crop.
     shares = (split.rows[batch.chunk(world)[rank]] for batch, _ in training_steps(split, args))
     for crops in clamp.image_batches(split.data, shares, augment.crop, options["device"],
                                      options["workers"], args.seed):
-        yield augment(crops)[0]
+        yield augment(crops)[0]  # of the views, the only one
 
 
 def probe(train, test, rates, classes, backbone, args, options):
@@ -161,9 +162,10 @@ def probe(train, test, rates, classes, backbone, args, options):
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, next(images), options["dtype"])  # [b / world, f]
-                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch
+                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch; None is the view
         z = logits(x)
-        # SGD multiplies the gradient by the rate, so a loss can be multiplied instead.
+        # SGD multiplies gradients by the rate, and there is no weight decay. So each classifier
+        # can have its own rate as a factor on its loss.
         losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -174,9 +176,9 @@ def probe(train, test, rates, classes, backbone, args, options):
 
 
 def finetune(train, test, rates, classes, backbone, args, options):
-    """For each learning rate anew, train a classifier and a copy of the backbone on augmented
-    images. The rate is the classifier's, and the backbone has 0.05 of it (arXiv 2506.13717).
-    Returns logits of test [rates, n, classes]."""
+    """For one learning rate after the other, train a classifier and a copy of the backbone on
+    augmented images. The backbone has 0.05 of the classifier's rate (arXiv 2506.13717). Returns
+    logits of test [rates, n, classes]."""
     (rank, world), device, dtype = clamp.rank_and_world(), options["device"], options["dtype"]
     logits = []
     for rate in rates:
@@ -185,7 +187,7 @@ def finetune(train, test, rates, classes, backbone, args, options):
         network = clamp.place(network, device).train()  # with synchronised batch norm on GPUs
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
         optimizer = torch.optim.SGD([{"params": network[0].parameters()},
-                                     {"params": head.parameters()}], lr=0, momentum=0.9)
+                                     {"params": network[1].parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         images = augmented_images(train, args, options)
         for batch, scale in training_steps(train, args):
@@ -197,13 +199,14 @@ def finetune(train, test, rates, classes, backbone, args, options):
             optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, each process has its own batch norm. DDP takes the first one's before a forward.
+        # On CPUs, each process has its own statistics of batch norm. `model`, unlike `network`,
+        # copies the first process's before it computes.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. If the learning rate was too large, logits may be NaN, taken as 0."""
+    """Top-k accuracy in %. NaN, from too large a learning rate, counts as 0, so all classes tie."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
@@ -211,22 +214,22 @@ def accuracy(logits, labels, k=1):
 def draw_neighbours(split, args, options, path):
     """A picture with a dozen lines: an image, its eight nearest by the features, and its eight
     nearest by those of the same network untrained. They are sought among 5,000 images at most.
-    Only one process needs to call this."""
-    torch.manual_seed(args.seed)  # the network of --random-init
-    untrained = load_backbone(args.run, pretrained=False)[0].to(options["device"])
+    One process alone may call this."""
+    untrained = load_backbone(args.run, pretrained=False, seed=args.seed)[0].to(options["device"])
     kept = slice(None, None, math.ceil(len(split.rows) / 5000))
     rows, features = split.rows[kept], split.features[kept]
     untrained_features = clamp.extract_features(untrained, split.data, rows, **options)
     shown = torch.linspace(0, len(rows) - 1, min(12, len(rows))).long()
-    blocks = [rows[shown, None]]  # rows of images: [12, 1], [12, 8] and [12, 8]
+    blocks = [rows[shown][:, None]]  # a block is rows of data: [12, 1], [12, 8] and [12, 8]
     for x in (features, untrained_features):
         x = F.normalize(x).cpu()
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
         blocks.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
+    # A line of a block is a batch. The images of a block are uint8 [12, 1 or 8, 3, 64, 64].
     blocks = [torch.stack(list(clamp.image_batches(split.data, block, crop, cpu)))
-              for block in blocks]  # uint8 [12, images, 3, 64, 64]
+              for block in blocks]
     white = torch.full_like(blocks[0], 255)
     grid = torch.cat([blocks[0], white, blocks[1], white, blocks[2]], 1)
     save_image(grid.flatten(0, 1) / 255, path, nrow=grid.shape[1])
@@ -237,22 +240,22 @@ def choose_images(name, args, own=None):
     """(data, rows) to train on, rows in random order, and (data, rows) to test on. Rows without
     labels are left out."""
     own_train, own_test = own or (None, None)
-    train = clamp.load_data(name, "train", args.limit, args.seed, own_train)
+    train = clamp.load_data(name, "train", limit=args.limit, seed=args.seed, own=own_train)
     test = clamp.load_data(name, "test", own=own_test)
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(train.labels), generator=generator)
     rows = rows[train.labels[rows] >= 0]
     test_rows = (test.labels >= 0).nonzero()[:, 0]
-    if not len(test_rows):  # without test images, hold out a fifth
+    if not len(test_rows):  # without labelled test images, hold out a fifth
         fifth = math.ceil(len(rows) / 5)
         test, test_rows, rows = train, rows[:fifth], rows[fifth:]
     return (train, choose_rows(train, rows, args.labels)), (test, test_rows)
 
 
 def check_readable(*data):
-    """Raise UserError if features of these data could not be extracted from their own images."""
-    unreadable = set().union(*(x.unreadable for x in data))
-    unreadable = set().union(*clamp.from_all(unreadable))  # each process has seen its share only
+    """Raise UserError if other images have taken the place of some that cannot be read."""
+    here = set().union(*(x.unreadable for x in data))
+    unreadable = set().union(*clamp.from_all(here))  # each process has read only its share
     if unreadable:
         raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
                               "remove them")
@@ -278,9 +281,9 @@ def evaluate(args, backbone=None, data=None):
     data: ((images, labels) to train on, (images, labels) to test on), as for clamp.train"""
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
-    torch.manual_seed(args.seed)  # every process builds the same random network
-    draws = rank == 0 and not (backbone or args.random_init)
-    backbone, saved = load_backbone(args.run, not args.random_init, backbone)
+    # Only for torchvision's networks, an untrained one can be built to compare with.
+    draw_picture = rank == 0 and backbone is None and not args.random_init
+    backbone, saved = load_backbone(args.run, not args.random_init, backbone, args.seed)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     settings = saved["settings"]
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
@@ -288,13 +291,13 @@ def evaluate(args, backbone=None, data=None):
     name = "own" if data else (args.data or settings["data"])
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
-    train_data.to(device), test_data.to(device)
+    train_data.to(device), test_data.to(device)  # moves their images
     if not len(rows):
         if args.random_init:
             raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
-        test = export_features(train_data, backbone, options, folder)
-        if draws:
-            draw_neighbours(test, args, options, folder / "neighbours.png")
+        split = export_features(train_data, backbone, options, folder)
+        if draw_picture:
+            draw_neighbours(split, args, options, folder / "neighbours.png")
         return None
     tenth = math.ceil(len(rows) / 10)
     n = len(rows) - tenth
@@ -304,7 +307,7 @@ def evaluate(args, backbone=None, data=None):
     train = make_split(train_data, rows, backbone, options)
     test = make_split(test_data, test_rows, backbone, options)
     check_readable(train_data, test_data)
-    if draws:
+    if draw_picture:
         draw_neighbours(test, args, options, folder / "neighbours.png")
 
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
@@ -355,7 +358,7 @@ def parse_args(argv=None):
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     add("--lr", type=within(float, 0), nargs="+",
         help="learning rates to try (.001 .003 .01 .03 .1 .3; --finetune: .1 .2 .4 .6 .8)")
-    add("--epochs", type=within(int, 1), help="(100; --finetune: 20)")
+    add("--epochs", type=within(int, 1), help="of the classifier (100; --finetune: 20)")
     add("--batch-size", type=within(int, 2), default=256, help="over all processes (256)")
     clamp.add_machine_flags(parser)  # --device, --amp, --workers, --seed
     args = parser.parse_args(argv)
