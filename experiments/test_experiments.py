@@ -25,6 +25,7 @@ import geometry  # noqa: E402
 import peers  # noqa: E402
 import speedrun  # noqa: E402
 import sphere  # noqa: E402
+import their_evaluation  # noqa: E402
 from test_clamp import no_gpu, tiny_network, torchrun  # noqa: E402, F401
 
 TINY = ["--limit", "64", "--batch-size", "32", "--epochs", "1", "--projector", "32", "16"]
@@ -204,6 +205,14 @@ def tiny_backbone(*_):
     return backbone
 
 
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """The folder of a run of one step; meanwhile, all backbones are tiny."""
+    monkeypatch.setattr(clamp, "build_backbone", tiny_backbone)
+    clamp.train(clamp.parse_args([*ONE_STEP, "--out", str(tmp_path)]))
+    return tmp_path
+
+
 def train_on_two(folder):
     clamp.start_processes(clamp.parse_args([]))
     rank, world = clamp.rank_and_world()
@@ -238,6 +247,7 @@ def test_a_peer_trains_and_its_backbone_is_measured(name, tmp_path, monkeypatch)
         assert eval_linear.evaluate(flags)["n_test"] == 2000
         result = geometry.measure(geometry.parse_args([str(tmp_path)]))
         assert result["n_test"] == 2000 and (tmp_path / "geometry.jsonl").exists()
+        assert "alpha" in result["theirs"] and "size" not in result["theirs"]  # another projector
 
 
 @pytest.mark.parametrize("name", ["shuffled_dbn", "byol"])
@@ -367,8 +377,29 @@ def test_dynamics_are_drawn(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     keys = "epoch", "radius", "neighbours", "spread", "participation_ratio"
     (tmp_path / "log.jsonl").write_text(json.dumps(dict.fromkeys(keys, 1)) + "\n")
-    figures.dynamics(tmp_path)
+    figures.main("dynamics", tmp_path)
     assert (tmp_path / "dynamics.png").exists()
+
+
+def test_a_map_is_drawn(monkeypatch, tiny_run):
+    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("sklearn")
+    few = clamp.Data(*clamp.draw_patterns(120, 1))
+    monkeypatch.setattr(clamp, "load_data", lambda *_: few)
+    figures.main("map", tiny_run)
+    assert Image.open(tiny_run / "map.png").width > 900
+    few.labels[3] = -1
+    with pytest.raises(clamp.UserError, match="test images with labels"):
+        figures.main("map", tiny_run)
+
+
+@pytest.mark.parametrize("words", [[], ["map"], ["accuracy", "run"], ["run"]])
+def test_figures_says_what_it_draws_and_what_is_missing(words, monkeypatch):
+    with pytest.raises(clamp.UserError, match="accuracy, dynamics RUN, or map RUN"):
+        figures.main(*words)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # import then fails
+    with pytest.raises(clamp.UserError, match="matplotlib is missing"):
+        figures.main("accuracy")
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -402,6 +433,92 @@ def test_spectrum_of_data_drawn_with_a_known_exponent(alpha):
     eigenvalues, fitted = geometry.spectrum(features)
     assert fitted == pytest.approx(alpha, abs=0.03)
     assert eigenvalues.sum() == pytest.approx(features.double().var(0).sum().item())
+
+
+@pytest.mark.parametrize("n", [300, 2048])
+def test_their_alpha_of_exact_power_laws(n):
+    for alpha in 0.7, 1.01, 2.3:
+        eigenvalues = 5 * torch.arange(n, dtype=torch.float64) ** -alpha
+        eigenvalues[:15], eigenvalues[1400:] = 1e9, 0  # outside of their ranks
+        assert geometry.their_alpha(eigenvalues) == pytest.approx(alpha, abs=1e-3)
+
+
+def test_their_alpha_equals_the_fit_that_they_use():
+    fit = pytest.importorskip("scipy.optimize").curve_fit
+    place = torch.arange(2048, dtype=torch.float64)
+    bent = (place + 8) ** -1.2 * torch.linspace(1, 0.2, 2048)
+    (_, power), _ = fit(lambda x, c, p: c * x**p, place[15:1400].numpy(), bent[15:1400].numpy())
+    assert geometry.their_alpha(bent) == pytest.approx(-power, abs=1e-3)
+
+
+def test_their_size_and_neighbours_equal_loops():
+    m, b, d = 3, 40, 5
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(b, d, generator=generator, dtype=torch.float64) + 0.4 * torch.randn(
+        m, b, d, generator=generator, dtype=torch.float64) + 2
+    for radius_scale in 1.5, 2.5:
+        centers, sizes = [], []
+        for i in range(b):
+            points = [z[k, i] - z.mean((0, 1)) for k in range(m)]
+            points = [x / x.norm() for x in points]
+            centers.append(sum(points) / m)
+            trace = sum((x - centers[i]).square().sum() for x in points) / m
+            sizes.append((trace / min(m, d) + 1e-12).sqrt())
+        reach = [[0.99 * radius_scale * (x + y + 1e-6) for x in sizes] for y in sizes]
+        near = [(centers[i] - centers[j]).norm() < reach[i][j] for i in range(b) for j in range(b)]
+        assert b < sum(near) < b * b
+        assert geometry.their_packing(z, radius_scale) == pytest.approx(
+            {"size": sum(sizes).item() / b, "neighbours": sum(near).item() / b}, abs=1e-4)
+
+
+def test_geometry_measures_what_the_authors_publish(tiny_run):
+    numbers = [geometry.measure(geometry.parse_args([str(tiny_run), *flags]))["theirs"]
+               for flags in ([], [], ["--random-init"])]
+    assert numbers[0] == numbers[1] != numbers[2]
+    for theirs in numbers:
+        assert theirs["ranks"] == (16, 8 * 49) and theirs["images"] == 1024
+        assert 0 < theirs["size"] < 1 <= theirs["neighbours"] <= 1024
+    (tiny_run / "checkpoint.pt").unlink()
+    assert "size" not in geometry.measure(geometry.parse_args([str(tiny_run)]))["theirs"]
+
+
+def test_their_protocol_trains_in_train_mode_and_beats_chance(tiny_run, monkeypatch, capsys):
+    seen, rates, embed, step = [], [], clamp.embed, torch.optim.Adam.step
+
+    def watched_embed(network, x, dtype):
+        seen.append((len(x), network.training))
+        return embed(network, x, dtype)
+
+    def watched_step(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer)
+
+    monkeypatch.setattr(clamp, "embed", watched_embed)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    flags = ["--epochs", "3", "--batch-size", "32", "--limit", "1300", "--workers", "0"]
+    their_evaluation.evaluate([str(tiny_run), *flags])
+    steps = 1235 // 32  # 65 images are held out, and 64 of them scored
+    tested = [(64, False), *7 * [(256, False)], (2000 // 32 * 32 - 7 * 256, False)]
+    assert seen[:3 * (steps + len(tested))] == 3 * (steps * [(32, True)] + tested)
+    expected = [[r * 32 / 256 * (1 + math.cos(math.pi * epoch / 3)) / 2 for r in (0.3, 0.1, 0.05)]
+                for epoch in range(3) for _ in range(steps)]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
+    out = capsys.readouterr().out
+    theirs, ours = re.search(r"theirs, 3 epochs: (.*) %; eval_linear.py: (.*) %", out).groups()
+    assert float(theirs) > 20 and float(ours) > 20  # 17 is chance; the network is tiny
+    with pytest.raises(clamp.UserError, match="--batch-size 1024: needs 1024 test and 20480"):
+        their_evaluation.evaluate([str(tiny_run)])
+
+
+def test_their_protocol_takes_the_first_best_epoch_and_the_rate_best_on_test(
+        tiny_run, monkeypatch, capsys):
+    held_out, tested = [[50, 40, 60], [50, 45, 55]], [[30, 99, 20], [98, 31, 97]]
+    scripted = iter([*held_out[0], *tested[0], *held_out[1], *tested[1]])
+    monkeypatch.setattr(eval_linear, "accuracy", lambda *_: next(scripted))
+    monkeypatch.setattr(eval_linear, "evaluate", lambda args: {"top1": args.epochs})
+    flags = ["--epochs", "2", "--batch-size", "32", "--limit", "640"]
+    their_evaluation.evaluate([str(tiny_run), *flags])
+    assert capsys.readouterr().out.endswith("theirs, 2 epochs: 31.00 %; eval_linear.py: 100.00 %\n")
 
 
 def test_packing_of_classes_takes_as_many_images_as_the_smallest_class_has():
