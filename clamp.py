@@ -342,11 +342,12 @@ class LARS(torch.optim.SGD):
                    if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
         # torch._foreach_* takes all tensors of a list at once, because single calls are slow.
-        w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
-        torch._foreach_add_(grads, weights, alpha=self.weight_decay)
         if self.eta:
+            w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
             ratio = self.eta * w_norm / (g_norm + self.weight_decay * w_norm + 1e-8)
             ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1)
+        torch._foreach_add_(grads, weights, alpha=self.weight_decay)
+        if self.eta:
             torch._foreach_mul_(grads, ratio.unbind())  # each tensor has its own ratio
         super().step()
 
