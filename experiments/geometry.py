@@ -42,7 +42,7 @@ def class_packing(features, labels, radius_scale, max_reach):
 
 
 def their_alpha(eigenvalues):
-    """alpha of eigenvalues [f] by the authors' fit (scripts/eigenspectrum.ipynb): c (n - 1)^-alpha
+    """alpha of eigenvalues [f] by the authors' fit (eigenspectrum.ipynb, 5bc40b5): c (n - 1)^-alpha
     is fitted to the eigenvalues themselves, not in log and log, over the ranks n from 16 to 1400,
     or to f if there are fewer. So the largest count most."""
     y = eigenvalues[15:1400].cpu()
