@@ -50,8 +50,9 @@ def balls(z, radius_scale=7.0):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    As in the authors' code, min(m, d) stands for the rank of L_i, and the mean of all embeddings is
-    subtracted before they are put on the sphere. float64 stays, other types become float32."""
+    As in the authors' code, min(m, d) stands for the rank of L_i, which is at most m - 1, and the
+    mean of all embeddings is subtracted before they are put on the sphere. float64 stays, other
+    types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -63,10 +64,10 @@ def balls(z, radius_scale=7.0):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart, and -inf for pairs that are left out: i = j, and, as in the authors'
-    code, pairs closer than 1e-3. max_reach is theirs, too. While r_i + r_j is above it, only the
-    centres have a gradient. They are means of unit vectors, so they can move apart farther if the
-    views agree."""
+    for balls that are apart. As in the authors' code, pairs closer than 1e-3 are left out by -inf,
+    and with them i = j. max_reach is theirs, too. While r_i + r_j is above it, only the centres
+    have a gradient. The loss still makes the views of an image agree, because centres move apart
+    by growing, and |Z_i| is 1 only if all views are equal."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
     distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist's gradient at 0 is 0, not NaN
     reach = (radii[:, None] + radii).clamp(max=max_reach)
@@ -78,7 +79,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    energy = x.relu().square().sum() / 2  # or another potential >= 0, which is 0 at -inf
+    energy = x.relu().square().sum() / 2  # try another potential: >= 0, and 0 at -inf
     return (energy + 1e-6).log()
 
 
@@ -110,6 +111,7 @@ def random_boxes(n, height, width, scale, device):
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
     first = fits.int().argmax(0, keepdim=True)  # argmax returns the first maximum
+    # If none fits, no side is longer than 4/3 of the other.
     h = torch.where(fits.any(0), h.gather(0, first)[0], min(height, round(width * 4 / 3)))
     w = torch.where(fits.any(0), w.gather(0, first)[0], min(width, round(height * 4 / 3)))
     u, v = torch.rand(2, n, device=device)
@@ -142,7 +144,7 @@ def hue(x, change):
     angle = torch.where(  # in sixths of a turn: red is 0, green 2, blue 4
         value == red, (green - blue) / safe, torch.where(
             value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
-    angle = angle + 6 * change[:, 0]
+    angle = angle + 6 * change[:, 0]  # change[:, 0] is [n, 1, 1]
 
     def channel(n):  # Wikipedia, "HSL and HSV": value - chroma * max(0, min(k, 4 - k, 1))
         k = (n + angle) % 6
@@ -268,7 +270,8 @@ def from_all(value):
 
 
 def agree(facts):
-    """Raise UserError unless all processes have the same facts, a dict."""
+    """Raise UserError unless all processes have the same facts, a dict. Names that differences()
+    ignores may differ."""
     for other in from_all(facts):
         if differences(facts, other):
             raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
@@ -276,9 +279,9 @@ def agree(facts):
 
 
 def gather(z):
-    """z [m, b / world, d] of each process -> [m, b, d]. Only this process's part has a gradient,
-    and the whole gradient is the sum over the processes. DDP takes the mean, so the loss has
-    to be multiplied by the number of processes."""
+    """z [m, b / world, d] of each process -> [m, b, d]. All processes then compute the same loss,
+    but each gets only the gradient of its own part. The whole gradient is their sum. DDP takes the
+    mean, so the loss has to be multiplied by the number of processes."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -341,7 +344,7 @@ class LARS(torch.optim.SGD):
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
-        # torch._foreach_* takes all tensors of a list at once, because single calls are slow.
+        # torch._foreach_* takes all tensors of a list at once.
         if self.eta:
             w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
             ratio = self.eta * w_norm / (g_norm + self.weight_decay * w_norm + 1e-8)
@@ -355,7 +358,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup may be a fraction of a step
+        return min(1, (step + 1) / warmup)  # warmup need not be a whole number
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -375,7 +378,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
     # Plain types only, as torch.load() returns them from a checkpoint.
     args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
-    if data and args.recipe == "patterns":  # what parse_args takes if no recipe is named
+    if data and args.recipe == "patterns":  # parse_args([]) gives this recipe
         raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
                         "parse_args(['--recipe', 'small'])")
     device, dtype = start_processes(args)
@@ -383,16 +386,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
     settings = vars(args) | {"own": own, "data": "own" if data else args.data}
+    dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
+    n = settings["number of images"] = len(dataset.labels)
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
-    dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
-    n = len(dataset.labels)
     steps = n // args.batch_size  # of an epoch
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
-    # The first epoch is another one on a node that does not see the run folder.
-    agree(settings | {"number of images": n, "first epoch": start})
+    agree(settings | {"first epoch": start})  # a node that does not see the run folder starts at 0
 
     torch.manual_seed(args.seed)  # for the weights
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
@@ -410,7 +412,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             part.load_state_dict(checkpoint[name])
     if args.compile:
         network.compile(mode=args.compile)
-    # network is what is saved and read out, model what is trained.
+    # model is what is trained, network what is saved and evaluated.
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
@@ -436,7 +438,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         for k in range(steps):
             step = epoch * steps + k
             crops = next(stream)  # [b / world, m, 3, size, size]
-            torch.manual_seed(seed_of(args.seed, step, rank))  # so that a run can be continued
+            torch.manual_seed(seed_of(args.seed, step, rank))  # image_batches() seeds its crops
             views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
@@ -457,7 +459,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        dataset.unreadable.update(*from_all(dataset.unreadable))  # what any process has found
+        dataset.unreadable.update(*from_all(dataset.unreadable))  # messages from any process
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
@@ -498,8 +500,8 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ. Some may: a recipe only stands for other settings, and
-    results do not depend on the others."""
+    """The names of settings that differ. Left out are recipe, which only stands for other flags,
+    and what does not change results."""
     names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -507,6 +509,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
+    # A backbone.pt alone is refused below, so that it is not overwritten.
     if not Path(out, "checkpoint.pt").exists() and not Path(out, "backbone.pt").exists():
         return None
     try:
@@ -526,7 +529,7 @@ def claim(out):
         open(out / "log.jsonl", "x").close()  # fails if it exists
     except FileExistsError:
         raise UserError(f"{out}/log.jsonl is there without a checkpoint: another run is just "
-                        "beginning; give another --out, or remove it")
+                        "beginning; give another --out, or, if none is, remove this file")
 
 
 def write(content, path):
@@ -619,6 +622,7 @@ class Data:
     unreadable: set = field(default_factory=set)  # error messages of files, each printed once
 
     def to(self, device):
+        """Move the images. Labels stay on the CPU."""
         if self.images is not None:
             self.images = self.images.to(device)
         return self
@@ -708,8 +712,9 @@ def list_images(path, split):
 
     parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
+        # A link may lead back to a folder above.
         if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
-            folders.clear()  # a link has led back
+            folders.clear()
             continue
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not Path(at, name, "checkpoint.pt").exists())
@@ -721,7 +726,7 @@ def list_images(path, split):
                         if name[0] != "." and name.lower().endswith(EXTENSIONS)]
 
     train, test, val, others = parts.values()
-    if not any(label for _, label in train):
+    if not any(label for _, label in train):  # a train/ beside classes may be one of them
         if train and any(label for _, label in others):
             raise UserError(f"--data {path}: is train/ a class or the training images? Rename it")
         train = train or others
@@ -729,7 +734,7 @@ def list_images(path, split):
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
-    if len(classes) < 2:  # a single folder is no class
+    if len(classes) < 2:  # a single folder is no class, and nothing can be tested
         classes, test, val = [], [], []
     numbers = {label: k for k, label in enumerate(classes)}
     test = [x for x in test if x[1]] or [x for x in val if x[1]]
@@ -763,7 +768,7 @@ def read_image(file, size=None):
 
 def keep_in_memory(data):
     """Read all files now, if they need at most 4 GB, and most images in a sample have the same size
-    of at most 256 px. Images of other sizes are fitted to it. Returns data, with images or not."""
+    of at most 256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
     def read(file, size=None):
         try:
             return read_image(file, size)
@@ -776,7 +781,7 @@ def keep_in_memory(data):
     sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
     sizes = Counter(x.shape[1:] for x in sample if x is not None)
     if not sizes:
-        read_image(data.files[0])  # raises its error, because none of the sample can be read
+        read_image(data.files[0])  # in the sample, of which none can be read: raises its error
     (height, width), count = sizes.most_common(1)[0]
     if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
         return data
@@ -788,7 +793,7 @@ def keep_in_memory(data):
 
 class ImageFiles(torch.utils.data.Dataset):
     """dataset[row, seed] is (crop(image), problem) for the image in files[row]. If it cannot be
-    read, problem says why, and the next readable one takes its place (but not its label).
+    read, problem says why, and the next readable image stands in for it, under its label.
     Otherwise problem is an empty string."""
 
     def __init__(self, files, crop):
@@ -808,7 +813,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def seed_of(*integers):
     """A seed that follows from some integers, in every process and run."""
-    return hash(integers)  # of strings, it would differ from run to run
+    return hash(integers)  # the same in every run, unlike that of strings
 
 
 def draw_batches(n, batch_size, epochs, seed):
@@ -827,14 +832,14 @@ def image_batches(data, batches, crop, device, workers=0, seed=0, first_step=0):
     each batch or file. (So a run can be continued, with any number of workers.)"""
     if data.images is not None:
         for step, rows in enumerate(batches, first_step):
-            torch.manual_seed(seed_of(seed, step, rows[0].item()))
+            torch.manual_seed(seed_of(seed, rows[0].item(), step))
             crops = crop(data.images[rows.to(data.images.device, non_blocking=True)])
-            # pick_readout() copies from a GPU to the CPU. That has to be waited for.
+            # A copy from a GPU to the CPU, as for pick_readout(), has to be waited for.
             yield crops.to(device, non_blocking=device.type == "cuda")
         return
-    items = ([(row, seed_of(seed, step, row)) for row in rows.tolist()]
+    items = ([(row, seed_of(seed, row, step)) for row in rows.tolist()]
              for step, rows in enumerate(batches, first_step))
-    loader = torch.utils.data.DataLoader(  # a batch is ImageFiles[item] for each of a list of items
+    loader = torch.utils.data.DataLoader(  # makes a batch of each list of items
         ImageFiles(data.files, crop), batch_sampler=items, num_workers=workers,
         pin_memory=device.type == "cuda")
     for crops, problems in loader:
@@ -944,7 +949,7 @@ def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
-    add("--workers", type=within(int, 0), default=min(8, os.cpu_count()),
+    add("--workers", type=within(int, 0), default=min(8, os.cpu_count() or 1),
         help="loader processes, for each GPU (cores, at most 8)")
     add("--seed", type=within(int, 0, 2**62), default=0, help="seed of all random numbers (0)")
 

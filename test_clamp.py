@@ -666,7 +666,8 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
             (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images"),
             (tmp_path / "new", "small", (images, labels.int()), "and labels int64"),
             (tmp_path / "new", "patterns", (images, labels), "name another one")):
-        refused(words, train_once, out, "--limit", 70, "--recipe", recipe, data=data)
+        flags = "--limit", 70, "--recipe", recipe, "--data", "patterns"
+        refused(words, train_once, out, *flags, data=data)
     assert not (tmp_path / "new").exists()
 
 
