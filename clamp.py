@@ -381,6 +381,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     if data and args.recipe == "patterns":  # parse_args([]) gives this recipe
         raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
                         "parse_args(['--recipe', 'small'])")
+    if network and not hasattr(network, "backbone"):
+        raise UserError("network: give it a .backbone, which is saved and evaluated")
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
@@ -474,6 +476,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, saved)
     bar.close()
+    if world > 1:
+        dist.barrier()  # from now on, all processes see the last epoch's files
     if rank == 0 and {"network", "data"}.isdisjoint(own):
         # The command line of eval_linear.py knows only networks and data that flags describe.
         print(f"finished; next: python eval_linear.py {out}")
@@ -671,10 +675,12 @@ def load_data(name, split, limit=None, seed=0, own=None):
     """The "train" or "test" images of one of DATASETS or of a folder. Data is empty if a folder has
     no test images. limit: keep this many, chosen at random. own: a pair (images, labels)."""
     if own is not None:
-        if [getattr(x, "dtype", None) for x in own] != [torch.uint8, torch.int64]:
+        images, labels = own
+        if ((images.dtype, labels.dtype) != (torch.uint8, torch.int64) or images.ndim != 4
+                or images.shape[1] != 3 or labels.shape != images.shape[:1]):
             raise UserError("data: give a pair of tensors, images uint8 [n, 3, H, W] and labels "
                             "int64 [n]")
-        data = Data(*own)
+        data = Data(images, labels)
     elif name == "patterns":
         n, pattern_seed = (5000, 0) if split == "train" else (2000, 1)
         data = Data(*draw_patterns(n, pattern_seed))
@@ -778,7 +784,7 @@ def keep_in_memory(data):
             return None
 
     n = len(data.files)
-    sample = [read(file) for file in data.files[::math.ceil(n / 30)]]
+    sample = [read(file) for file in data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]]
     sizes = Counter(x.shape[1:] for x in sample if x is not None)
     if not sizes:
         read_image(data.files[0])  # in the sample, of which none can be read: raises its error

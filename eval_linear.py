@@ -133,8 +133,10 @@ def augmented_images(split, args, options):
     augment = CropAndFlip(options["size"], views=1)
     # training_steps() draws the same batches whenever it is called. Loader workers only crop.
     shares = (split.rows[batch.chunk(world)[rank]] for batch, _ in training_steps(split, args))
-    for crops in clamp.image_batches(split.data, shares, augment.crop, options["device"],
-                                     options["workers"], args.seed):
+    stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
+                                 options["workers"], args.seed)
+    for step, crops in enumerate(stream):
+        torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
         yield augment(crops)[0]  # of the views, the only one
 
 
@@ -215,6 +217,8 @@ def draw_neighbours(split, args, options, path):
     """A picture with a dozen lines: an image, its eight nearest by the features, and its eight
     nearest by those of the same network untrained. They are sought among 5,000 images at most.
     One process alone may call this."""
+    if len(split.rows) < 2:
+        return
     untrained = load_backbone(args.run, pretrained=False, seed=args.seed)[0].to(options["device"])
     kept = slice(None, None, math.ceil(len(split.rows) / 5000))
     rows, features = split.rows[kept], split.features[kept]
@@ -289,6 +293,9 @@ def evaluate(args, backbone=None, data=None):
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     name = "own" if data else (args.data or settings["data"])
+    if name == "own" and not data:
+        raise clamp.UserError(f"{args.run} was trained on images from memory; name other --data, "
+                              "or pass evaluate() data")
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
     train_data.to(device), test_data.to(device)  # moves their images
@@ -323,6 +330,9 @@ def evaluate(args, backbone=None, data=None):
               "n_train": len(rows), "n_test": len(test_rows), "data": name,
               "epoch": 0 if args.random_init else saved["epoch"], "epochs": settings["epochs"]}
     if rank == 0:
+        if draw_picture and "network" in settings.get("own", []):
+            print(f"The run had a network of its own. Taken: {settings['arch']} of clamp.py, "
+                  f"{settings['stem']} stem. If it is another one, pass evaluate() a backbone.")
         print("backbone after {epoch} of {epochs} epochs".format(**result))
         if test_data is train_data:
             print(f"no test set: {len(test_rows)} images are held out. If the backbone was trained "
@@ -343,7 +353,10 @@ def parse_args(argv=None):
     within = clamp.within
 
     def fraction_or_file(text):
-        return text if Path(text).is_file() else within(float, 1e-6, 1)(text)
+        try:
+            return text if Path(text).is_file() else within(float, 1e-6, 1)(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: no such file, and not a fraction")
 
     parser = argparse.ArgumentParser(
         "eval_linear.py", usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -353,7 +366,7 @@ def parse_args(argv=None):
     add("--data", type=clamp.data_name, help="data set or folder (the run's)")
     add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--labels", type=fraction_or_file, help="fraction of the labels, or file of names (all)")
-    add("--random-init", action="store_true", help="the same network untrained: the floor")
+    add("--random-init", action="store_true", help="untrained, without --zero-init: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     add("--lr", type=within(float, 0), nargs="+",

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -557,10 +558,13 @@ def train_share(out):
                  network=tiny_network(rank, norm=nn.Identity), augment=FixedViews)
     train = partial(train_once, out, *"--limit 36 --batch-size 12 --amp off".split(), **parts)
     pytest.raises(KeyboardInterrupt, train)
+    save = clamp.save
+    clamp.save = lambda *args: (time.sleep(0.3), save(*args))
     for name, divisor in ("ours", 1), ("theirs", 3):  # one step by LARS
         train_once(f"{out}-{name}", *"--limit 12 --batch-size 12 --epochs 1 --eta 0.01".split(),
                    "--amp", "off", loss_fn=lambda z: clamp.packing_loss(z) / divisor,
                    network=tiny_network(rank, norm=nn.Identity), augment=FixedViews)
+        assert torch.load(f"{out}-{name}/backbone.pt")["epoch"] == 1  # in all processes
     clamp.command_line(train)
 
 
@@ -661,10 +665,13 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     own, _ = eval_linear.load_backbone(tmp_path, backbone=tiny_network().backbone)
     assert torch.equal(own[0].weight, network.backbone[0].weight)
     refused("another backbone", eval_linear.load_backbone, tmp_path)
+    refused("images from memory", evaluate, tmp_path, backbone=tiny_network().backbone)
+    refused("give it a .backbone", clamp.train, args, network=nn.Flatten(), data=(images, labels))
     for out, recipe, data, words in (
             (tmp_path, "small", None, "holds a run with another data, own"),
             (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images"),
             (tmp_path / "new", "small", (images, labels.int()), "and labels int64"),
+            (tmp_path / "new", "small", (images, labels[:50]), "give a pair of tensors"),
             (tmp_path / "new", "patterns", (images, labels), "name another one")):
         flags = "--limit", 70, "--recipe", recipe, "--data", "patterns"
         refused(words, train_once, out, *flags, data=data)
@@ -716,7 +723,7 @@ def refusal(capfd, script, *argv, **parts):
     ("--data cifar10", "--data cifar10: cannot download"), ("--out {tmp}/empty/x", "{tmp}/empty/x"),
     ("--device cuda", "no GPU for process 1; start fewer, or use --device cpu"),
     ("{run}/log.jsonl", "log.jsonl: missing, damaged"), ("{run} --labels 2", "2: give 1e-06 to 1"),
-    ("{run} --labels nosuch", "--labels: invalid fraction_or_"),
+    ("{run} --labels nosuch", "nosuch: no such file"),
     ("{run} --limit 200", "--batch-size 256: must be at most 180, the images to train on")])
 def test_bad_flags_give_one_line(flags, words, whole_run, tmp_path, capfd, monkeypatch):
     for name in "data/train/a", "data/train/b", "data/test/B", "bus/car", "bus/train", "empty":
