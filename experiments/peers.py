@@ -174,8 +174,8 @@ def sigreg(z, weight=0.05, directions=256):
 
 
 def frossl(z, weight=1.0):
-    """FroSSL: the covariance of each view has equal eigenvalues if the Frobenius norm of it,
-    divided by its trace, is least. Views agree by squared distance (release of arXiv 2310.02903)."""
+    """FroSSL: squared distance of the views, and the Frobenius norm of each view's covariance, which
+    is least if all eigenvalues are equal (release of arXiv 2310.02903)."""
     m, b, d = z.shape
     z = F.normalize(z, dim=1)  # each feature, over the batch
     c = z @ z.mT / d  # [m, b, b]; its trace is 1, and its norm that of z.mT @ z / d
