@@ -1,4 +1,4 @@
-"""Measure what the features of a backbone that clamp.py trained are worth.
+"""Evaluate the features of a backbone trained by clamp.py.
 
     python eval_linear.py runs/patterns                     linear probe and 20-NN
     python eval_linear.py runs/cifar10 --augment            the probe sees random crops and flips
@@ -12,8 +12,8 @@
 The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
 of the training images picks its learning rate. Then it is trained on all of them, and tested once.
 The result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
-backbone finds alike. Without labels, there is only this picture, and features.pt: the names of all
-training images and their features.
+backbone finds alike. For images without labels, there is only this picture, and features.pt: the
+names of all training images and their features.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
     """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
     holds: backbone, epoch and settings. Raises UserError if the file and the backbone do not fit.
     backbone: a module of your own to load the weights into.
-    pretrained: if False, they are not loaded. Those of torchvision's network follow from the seed.
+    pretrained: if False, they are not loaded, and a new network has random ones, by the seed.
     """
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
@@ -69,10 +69,10 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
 
 
 def choose_rows(data, rows, part):
-    """Those of the rows [n], which are in random order, whose labels are to be used.
+    """Choose the rows whose labels are used. rows: [n], in random order.
     part: None for all of them; a fraction, for the first of the rows of each class; or a text file
     with names of image files, separated by white space, such as SimCLR's lists of ImageNet."""
-    if part is None:
+    if part is None or not len(rows):
         return rows
     if isinstance(part, float):
         labels, kept = data.labels[rows], []
@@ -80,9 +80,10 @@ def choose_rows(data, rows, part):
             places = (labels == label).nonzero()[:, 0]
             kept.append(places[:max(1, round(part * len(places)))])
         return rows[torch.cat(kept).sort().values]
-    names = set(Path(part).read_text(errors="surrogateescape").split())  # as files are decoded
+    names = set(Path(part).read_text(errors="surrogateescape").split())  # as file names are
     files = [] if data.files is None else data.files[rows.numpy()]
     kept = [k for k, file in enumerate(files) if Path(file).name in names]
+    # Each name has to be that of one file.
     if not names or {Path(files[k]).name for k in kept} != names or len(kept) > len(names):
         raise clamp.UserError(f"--labels {part}: {len(names)} names fit {len(kept)} training "
                               "files; each has to fit one")
@@ -100,7 +101,7 @@ def extract(network, data, rows, options):
     if world == 1:
         return part
     features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)  # takes half the memory of clamp.gather()
+    dist.all_gather_into_tensor(features, part)  # clamp.gather() takes twice the memory
     return features[:len(rows)]  # without what came after the end
 
 
@@ -110,7 +111,7 @@ def make_split(data, rows, backbone, options):
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """MultiViewAugment without its changes of colour."""
+    """MultiViewAugment without its changes of colour. crop() crops, and a call flips the crops."""
 
     def photometric(self, x):
         return x
@@ -131,13 +132,13 @@ def augmented_images(split, args, options):
     randomly cropped and flipped."""
     rank, world = clamp.rank_and_world()
     augment = CropAndFlip(options["size"], views=1)
-    # training_steps() draws the same batches whenever it is called. Loader workers only crop.
+    # training_steps() draws the same batches whenever it is called.
     shares = (split.rows[batch.chunk(world)[rank]] for batch, _ in training_steps(split, args))
     stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
                                  options["workers"], args.seed)
     for step, crops in enumerate(stream):
         torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
-        yield augment(crops)[0]  # of the views, the only one
+        yield augment(crops)[0]  # the only view
 
 
 def probe(train, test, rates, classes, backbone, args, options):
@@ -164,10 +165,11 @@ def probe(train, test, rates, classes, backbone, args, options):
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, next(images), options["dtype"])  # [b / world, f]
-                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch; None is the view
+                # gather() takes [views, b, f]. Here is one view.
+                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch
         z = logits(x)
-        # SGD multiplies gradients by the rate, and there is no weight decay. So each classifier
-        # can have its own rate as a factor on its loss.
+        # Without weight decay, SGD with momentum is linear in the gradients. So each classifier can
+        # have its rate as a factor on its loss.
         losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -184,6 +186,7 @@ def finetune(train, test, rates, classes, backbone, args, options):
     (rank, world), device, dtype = clamp.rank_and_world(), options["device"], options["dtype"]
     logits = []
     for rate in rates:
+        torch.manual_seed(args.seed)  # the same start for all rates
         head = nn.Linear(train.features.shape[1], classes)
         network = nn.Sequential(copy.deepcopy(backbone), head)
         network = clamp.place(network, device).train()  # with synchronised batch norm on GPUs
@@ -194,21 +197,21 @@ def finetune(train, test, rates, classes, backbone, args, options):
         images = augmented_images(train, args, options)
         for batch, scale in training_steps(train, args):
             share = batch.chunk(world)[rank].to(device, non_blocking=True)
-            logits_of_share = clamp.embed(model, next(images), dtype)
+            logits_of_share = clamp.embed(model, next(images), dtype)  # the network's output
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(logits_of_share, train.labels[share])).backward()
             optimizer.param_groups[0]["lr"] = 0.05 * rate * scale
             optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, each process has its own statistics of batch norm. `model`, unlike `network`,
-        # copies the first process's before it computes.
+        # On CPUs, each process has its own statistics of batch norm. DistributedDataParallel takes
+        # the first process's before it computes, so it is `model` that is evaluated.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. NaN, from too large a learning rate, counts as 0, so all classes tie."""
+    """Top-k accuracy in %. With too large a rate, logits are NaN, and it is that of chance."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
@@ -216,7 +219,7 @@ def accuracy(logits, labels, k=1):
 def draw_neighbours(split, args, options, path):
     """A picture with a dozen lines: an image, its eight nearest by the features, and its eight
     nearest by those of the same network untrained. They are sought among 5,000 images at most.
-    One process alone may call this."""
+    This needs no other process."""
     if len(split.rows) < 2:
         return
     untrained = load_backbone(args.run, pretrained=False, seed=args.seed)[0].to(options["device"])
@@ -224,14 +227,14 @@ def draw_neighbours(split, args, options, path):
     rows, features = split.rows[kept], split.features[kept]
     untrained_features = clamp.extract_features(untrained, split.data, rows, **options)
     shown = torch.linspace(0, len(rows) - 1, min(12, len(rows))).long()
-    blocks = [rows[shown][:, None]]  # a block is rows of data: [12, 1], [12, 8] and [12, 8]
+    blocks = [rows[shown][:, None]]  # three parts of the picture, as rows of data: [12, 1 or 8]
     for x in (features, untrained_features):
         x = F.normalize(x).cpu()
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
         blocks.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
-    # A line of a block is a batch. The images of a block are uint8 [12, 1 or 8, 3, 64, 64].
+    # Each line of a block is a batch. The result is uint8 [12, 1 or 8, 3, 64, 64].
     blocks = [torch.stack(list(clamp.image_batches(split.data, block, crop, cpu)))
               for block in blocks]
     white = torch.full_like(blocks[0], 255)
@@ -245,7 +248,7 @@ def choose_images(name, args, own=None):
     labels are left out."""
     own_train, own_test = own or (None, None)
     train = clamp.load_data(name, "train", limit=args.limit, seed=args.seed, own=own_train)
-    test = clamp.load_data(name, "test", own=own_test)
+    test = clamp.load_data(name, "test", own=own_test)  # empty if there is no test set
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(train.labels), generator=generator)
     rows = rows[train.labels[rows] >= 0]
@@ -257,7 +260,7 @@ def choose_images(name, args, own=None):
 
 
 def check_readable(*data):
-    """Raise UserError if other images have taken the place of some that cannot be read."""
+    """Raise UserError if images could not be read. (The loader has put others in their place.)"""
     here = set().union(*(x.unreadable for x in data))
     unreadable = set().union(*clamp.from_all(here))  # each process has read only its share
     if unreadable:
@@ -285,7 +288,7 @@ def evaluate(args, backbone=None, data=None):
     data: ((images, labels) to train on, (images, labels) to test on), as for clamp.train"""
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
-    # Only for torchvision's networks, an untrained one can be built to compare with.
+    # The picture needs an untrained network, which can be built only if it is not your own.
     draw_picture = rank == 0 and backbone is None and not args.random_init
     backbone, saved = load_backbone(args.run, not args.random_init, backbone, args.seed)
     backbone = backbone.to(device, memory_format=torch.channels_last)
@@ -298,8 +301,8 @@ def evaluate(args, backbone=None, data=None):
                               "or pass evaluate() data")
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
-    train_data.to(device), test_data.to(device)  # moves their images
-    if not len(rows):
+    train_data.to(device), test_data.to(device)  # moves their images, not their labels
+    if not len(rows):  # no labels
         if args.random_init:
             raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
         split = export_features(train_data, backbone, options, folder)
@@ -317,6 +320,7 @@ def evaluate(args, backbone=None, data=None):
     if draw_picture:
         draw_neighbours(test, args, options, folder / "neighbours.png")
 
+    # fit(train, test, rates) returns logits of test [rates, n, classes].
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
     held_out = train.part(0, tenth)
@@ -331,7 +335,7 @@ def evaluate(args, backbone=None, data=None):
               "epoch": 0 if args.random_init else saved["epoch"], "epochs": settings["epochs"]}
     if rank == 0:
         if draw_picture and "network" in settings.get("own", []):
-            print(f"The run had a network of its own. Taken: {settings['arch']} of clamp.py, "
+            print(f"The run had a network of its own. Its weights fit {settings['arch']} with the "
                   f"{settings['stem']} stem. If it is another one, pass evaluate() a backbone.")
         print("backbone after {epoch} of {epochs} epochs".format(**result))
         if test_data is train_data:
@@ -366,7 +370,7 @@ def parse_args(argv=None):
     add("--data", type=clamp.data_name, help="data set or folder (the run's)")
     add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--labels", type=fraction_or_file, help="fraction of the labels, or file of names (all)")
-    add("--random-init", action="store_true", help="untrained, without --zero-init: the floor")
+    add("--random-init", action="store_true", help="an untrained network: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
     add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     add("--lr", type=within(float, 0), nargs="+",
