@@ -50,8 +50,8 @@ def balls(z, radius_scale=7.0):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    As in the authors' code, min(m, d) stands for the rank of L_i, which is at most m - 1, and the
-    mean of all embeddings is subtracted before they are put on the sphere. float64 stays, other
+    As in the authors' code, min(m, d) stands for the rank of L_i, which is at most m - 1. As there,
+    the mean of all embeddings is subtracted before they are put on the sphere. float64 stays, other
     types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
@@ -64,10 +64,11 @@ def balls(z, radius_scale=7.0):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. As in the authors' code, pairs closer than 1e-3 are left out by -inf,
-    and with them i = j. max_reach is theirs, too. While r_i + r_j is above it, only the centres
-    have a gradient. The loss still makes the views of an image agree, because centres move apart
-    by growing, and |Z_i| is 1 only if all views are equal."""
+    for balls that are apart. As in the authors' code, entries of pairs closer than 1e-3, which
+    includes i = j, are -inf, and max_reach is 1.5.
+
+    While r_i + r_j is above max_reach, only the centres have a gradient. Pushing them apart makes
+    them longer. A mean of unit vectors has length 1 only if all are equal, so views agree, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
     distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist's gradient at 0 is 0, not NaN
     reach = (radii[:, None] + radii).clamp(max=max_reach)
@@ -79,7 +80,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    energy = x.relu().square().sum() / 2  # try another potential: >= 0, and 0 at -inf
+    energy = x.relu().square().sum() / 2  # for another potential: >= 0, and 0 at -inf
     return (energy + 1e-6).log()
 
 
@@ -111,7 +112,7 @@ def random_boxes(n, height, width, scale, device):
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (0 < h) & (h <= height) & (0 < w) & (w <= width)
     first = fits.int().argmax(0, keepdim=True)  # argmax returns the first maximum
-    # If none fits, no side is longer than 4/3 of the other.
+    # If none fits: the whole image, its longer side cut to 4/3 of the shorter.
     h = torch.where(fits.any(0), h.gather(0, first)[0], min(height, round(width * 4 / 3)))
     w = torch.where(fits.any(0), w.gather(0, first)[0], min(width, round(height * 4 / 3)))
     u, v = torch.rand(2, n, device=device)
@@ -146,10 +147,10 @@ def hue(x, change):
             value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
     angle = angle + 6 * change[:, 0]  # change[:, 0] is [n, 1, 1]
 
-    def channel(n):  # Wikipedia, "HSL and HSV": value - chroma * max(0, min(k, 4 - k, 1))
-        k = (n + angle) % 6
+    def channel(offset):  # 5, 3, 1 for red, green, blue (Wikipedia, "HSL and HSV")
+        k = (offset + angle) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-    return torch.stack([channel(5), channel(3), channel(1)], 1)  # red, green, blue
+    return torch.stack([channel(5), channel(3), channel(1)], 1)
 
 
 def gaussian_blur(x, sigma, kernel):
@@ -171,7 +172,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def normalize(x):
-    # With non_blocking, the CPU does not wait for the GPU.
+    # With non_blocking, the CPU does not wait for the GPU, also with such small unpinned tensors.
     mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))
     return (x - mean) / std
 
@@ -215,9 +216,9 @@ class MultiViewAugment:
 
     def chance(self, x, *p):
         """True or false for each crop of x, [m * b, 1, 1, 1]: true with p[k % len(p)] in view k."""
-        p = torch.tensor([p[k % len(p)] for k in range(self.views)])
-        p = p.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
-        return self.uniform(x, 0, 1) < p.to(x.device, non_blocking=True)
+        of_view = torch.tensor([p[k % len(p)] for k in range(self.views)])
+        of_crop = of_view.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
+        return self.uniform(x, 0, 1) < of_crop.to(x.device, non_blocking=True)
 
     def photometric(self, x):
         """Change the colours of crops x [m * b, 3, size, size] in 0..1, view 0's first."""
@@ -295,8 +296,8 @@ def gather(z):
 
 def build_backbone(arch, stem="imagenet", zero_init=False):
     """torchvision's ResNet without its classifier: images [n, 3, h, w] -> features [n, f].
-    stem: "imagenet", or "cifar" for small images: 3x3, stride 1, no max-pool. Its padding of 2
-        makes 34 px of 32, as the authors' does.
+    stem: "imagenet", or "cifar" for small images: 3x3, stride 1, no max-pool. The padding is 2, as
+        in the authors' code, so 32 px become 34.
     zero_init: residual branches start from zero."""
     backbone = getattr(torchvision.models, arch)(zero_init_residual=zero_init)
     backbone.num_features = backbone.fc.in_features
@@ -331,9 +332,9 @@ def embed(network, x, dtype):
 class LARS(torch.optim.SGD):
     """SGD with weight decay and layer-wise rates (arXiv 1708.03888). For each weight tensor w, the
     gradient g becomes
-        eta |w| / (|g| + weight_decay |w|) * (g + weight_decay w).
-    The fraction is left out if |w| or |g| is 0, or if eta = 0, which is plain SGD with weight
-    decay. Biases and batch norm keep their gradients."""
+        ratio * (g + weight_decay w),  ratio = eta |w| / (|g| + weight_decay |w|).
+    The ratio is 1 if |w| or |g| is 0, or if eta = 0, which is plain SGD with weight decay. Biases
+    and batch norm keep their gradients."""
 
     def __init__(self, parameters, lr, momentum, weight_decay, eta):
         super().__init__(parameters, lr, momentum)
@@ -376,7 +377,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    # Plain types only, as torch.load() returns them from a checkpoint.
+    # Plain types only, so that differences() can compare them with those of a checkpoint.
     args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
     if data and args.recipe == "patterns":  # parse_args([]) gives this recipe
         raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
@@ -387,7 +388,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     rank, world = rank_and_world()
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
-    settings = vars(args) | {"own": own, "data": "own" if data else args.data}
+    # What has to be the same if a run continues. The names appear in messages.
+    settings = vars(args) | {"own": own, "data": "own" if data else args.data, "amp": str(dtype)}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = settings["number of images"] = len(dataset.labels)
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
@@ -418,7 +420,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
     if rank == 0:
-        readout = pick_readout(dataset, args)
+        readout = pick_readout(dataset, args)  # images for a k-NN test after each epoch
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         classes = len(dataset.labels[dataset.labels >= 0].unique()) or "unknown"
         print(f"{settings['data']}: {n} images of {classes} classes, {steps} steps an epoch; "
@@ -426,7 +428,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, saved)  # so load_checkpoint() refuses other settings
+            save(out, log, settings, 0, saved)  # later commands with other settings are refused
+    # Row numbers [b] of each step, then those of this process [b / world], then their crops.
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
     shares = (rows.chunk(world)[rank] for rows in batches)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
@@ -440,7 +443,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         for k in range(steps):
             step = epoch * steps + k
             crops = next(stream)  # [b / world, m, 3, size, size]
-            torch.manual_seed(seed_of(args.seed, step, rank))  # image_batches() seeds its crops
+            torch.manual_seed(seed_of(args.seed, step, rank))  # crops have other seeds
             views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
@@ -487,8 +490,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
 
 def progress(*args, **options):
     """A tqdm bar, in the first process and on a terminal only."""
-    # With disable=None, tqdm asks whether there is a terminal.
-    return tqdm(*args, disable=None if rank_and_world()[0] == 0 else True, **options)
+    first = rank_and_world()[0] == 0
+    return tqdm(*args, disable=None if first else True, **options)  # None: only on a terminal
 
 
 def read_numbers(loss, z, network, args, epoch):
@@ -513,7 +516,7 @@ def differences(settings, others):
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    # A backbone.pt alone is refused below, so that it is not overwritten.
+    # With a backbone.pt alone, torch.load() fails below, so that it is not overwritten.
     if not Path(out, "checkpoint.pt").exists() and not Path(out, "backbone.pt").exists():
         return None
     try:
@@ -533,7 +536,7 @@ def claim(out):
         open(out / "log.jsonl", "x").close()  # fails if it exists
     except FileExistsError:
         raise UserError(f"{out}/log.jsonl is there without a checkpoint: another run is just "
-                        "beginning; give another --out, or, if none is, remove this file")
+                        "beginning; give another --out, or, if none is active, remove this file")
 
 
 def write(content, path):
@@ -560,8 +563,8 @@ def save(out, log, settings, epoch, parts):
 # -------- read-out
 
 def center_crop(images, size):
-    """Cut the centre out of images uint8 [..., 3, H, W], 7/8 of the shorter side, and resize it to
-    [..., 3, size, size]. Images that have this size already stay as they are."""
+    """Crop the central square, 7/8 of the shorter side, of images uint8 [..., 3, H, W], and resize
+    it to [..., 3, size, size]. Images that have this size already stay as they are."""
     if images.shape[-2:] == (size, size):
         return images
     side = max(1, round(min(images.shape[-2:]) * 7 / 8))
@@ -653,7 +656,7 @@ def draw_patterns(n, seed):
         return torch.cos(2 * math.pi * t)
 
     side = torch.arange(32) - 16
-    x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)
+    x, y = side + uniform(-8, 8), side[:, None] + uniform(-8, 8)  # [n, 1, 32] and [n, 32, 1]
     angle, period = uniform(0, 2 * math.pi), uniform(5, 8)
     u = (x * angle.cos() + y * angle.sin()) / period
     v = (y * angle.cos() - x * angle.sin()) / period
@@ -664,6 +667,7 @@ def draw_patterns(n, seed):
     zigzag = wave(u + (v - v.round()).abs())
     rays = torch.cos(8 * torch.atan2(v, u))
     labels = torch.arange(n) % 6
+    # All kinds [6, n, 32, 32] are drawn, and one is taken for each image.
     images = torch.stack([stripes, checks, dots, rings, zigzag, rays])[labels, torch.arange(n)]
     images = (images - images.mean((1, 2), keepdim=True)) / images.std((1, 2), keepdim=True)
     images = images * uniform(0.08, 0.25) + uniform(0.4, 0.6)
@@ -672,8 +676,8 @@ def draw_patterns(n, seed):
 
 
 def load_data(name, split, limit=None, seed=0, own=None):
-    """The "train" or "test" images of one of DATASETS or of a folder. Data is empty if a folder has
-    no test images. limit: keep this many, chosen at random. own: a pair (images, labels)."""
+    """The "train" or "test" images of one of DATASETS or of a folder (none if it has no test
+    images). limit: keep this many, chosen at random. own: a pair (images, labels)."""
     if own is not None:
         images, labels = own
         if ((images.dtype, labels.dtype) != (torch.uint8, torch.int64) or images.ndim != 4
@@ -689,7 +693,9 @@ def load_data(name, split, limit=None, seed=0, own=None):
     if limit:
         order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
         data = data.select(order[:limit])
-    return keep_in_memory(data) if data.images is None and len(data.files) else data
+    if data.images is None and len(data.files):
+        data = keep_in_memory(data)
+    return data
 
 
 def download(name, split):
@@ -732,7 +738,8 @@ def list_images(path, split):
                         if name[0] != "." and name.lower().endswith(EXTENSIONS)]
 
     train, test, val, others = parts.values()
-    if not any(label for _, label in train):  # a train/ beside classes may be one of them
+    if not any(label for _, label in train):
+        # Images in train/ without classes, beside cat/ and dog/, may be of trains.
         if train and any(label for _, label in others):
             raise UserError(f"--data {path}: is train/ a class or the training images? Rename it")
         train = train or others
@@ -740,7 +747,7 @@ def list_images(path, split):
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
-    if len(classes) < 2:  # a single folder is no class, and nothing can be tested
+    if len(classes) < 2:  # a single folder is no class: all labels are -1, without a test set
         classes, test, val = [], [], []
     numbers = {label: k for k, label in enumerate(classes)}
     test = [x for x in test if x[1]] or [x for x in val if x[1]]
@@ -787,7 +794,7 @@ def keep_in_memory(data):
     sample = [read(file) for file in data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]]
     sizes = Counter(x.shape[1:] for x in sample if x is not None)
     if not sizes:
-        read_image(data.files[0])  # in the sample, of which none can be read: raises its error
+        read_image(data.files[0])  # none of the sample can be read: raise the first error
     (height, width), count = sizes.most_common(1)[0]
     if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
         return data
@@ -799,14 +806,15 @@ def keep_in_memory(data):
 
 class ImageFiles(torch.utils.data.Dataset):
     """dataset[row, seed] is (crop(image), problem) for the image in files[row]. If it cannot be
-    read, problem says why, and the next readable image stands in for it, under its label.
+    read, problem says why, and the next readable image stands in for it, and gets its label.
     Otherwise problem is an empty string."""
 
     def __init__(self, files, crop):
         self.files, self.crop = files, crop
 
     def __getitem__(self, item):
-        (row, seed), problem = item, ""
+        row, seed = item
+        problem = ""
         torch.manual_seed(seed)
         for k in range(len(self.files)):
             try:
@@ -819,7 +827,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 def seed_of(*integers):
     """A seed that follows from some integers, in every process and run."""
-    return hash(integers)  # the same in every run, unlike that of strings
+    return hash(integers)  # unlike that of strings, the same in every run; may be negative
 
 
 def draw_batches(n, batch_size, epochs, seed):
@@ -840,7 +848,7 @@ def image_batches(data, batches, crop, device, workers=0, seed=0, first_step=0):
         for step, rows in enumerate(batches, first_step):
             torch.manual_seed(seed_of(seed, rows[0].item(), step))
             crops = crop(data.images[rows.to(data.images.device, non_blocking=True)])
-            # A copy from a GPU to the CPU, as for pick_readout(), has to be waited for.
+            # To the CPU, as in pick_readout(), a copy has to be waited for.
             yield crops.to(device, non_blocking=device.type == "cuda")
         return
     items = ([(row, seed_of(seed, row, step)) for row in rows.tolist()]
@@ -865,8 +873,8 @@ SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-siz
 IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
     --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
     --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-# The first three are ours, the others are published. photos, imagenet100 and imagenet are folders;
-# your own --data replaces them.
+# The first three are ours, the others are published. --data photos, imagenet100 and imagenet stand
+# for folders, which your own --data replaces.
 RECIPES = {
     "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
                 " --lr 1.6",
