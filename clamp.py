@@ -479,7 +479,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             log.append(record)
             save(out, log, settings, epoch + 1, saved)
     bar.close()
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()  # from now on, all processes see the last epoch's files
     if rank == 0 and {"network", "data"}.isdisjoint(own):
         # The command line of eval_linear.py knows only networks and data that flags describe.
