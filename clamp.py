@@ -5,7 +5,7 @@ a ball, and balls that overlap repel each other. The energy of this packing trai
 labels.
 
     python clamp.py                        minutes on a laptop, nothing to download
-    python clamp.py --data cifar10         an hour on two CPU cores
+    python clamp.py --data cifar10         less than an hour on two CPU cores
     python clamp.py --data my/photos       a folder of your own images
     torchrun --nproc-per-node 8 clamp.py --recipe imagenet1k --data my/imagenet
 
@@ -233,6 +233,11 @@ class MultiViewAugment:
         return torch.where(self.chance(x, *self.solarize_p) & (x >= 0.5), 1 - x, x)
 
 
+def build_augment(args, kind=MultiViewAugment):
+    """An augmentation of this class with the settings args, which are named as its fields."""
+    return kind(**{f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
+
+
 # -------- processes
 
 def rank_and_world():
@@ -389,9 +394,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
     # What has to be the same if a run continues. The names appear in messages.
-    settings = vars(args) | {"own": own, "data": "own" if data else args.data, "amp": str(dtype)}
+    settings = vars(args) | {"own": own, "data": "own" if data else args.data}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
-    n = settings["number of images"] = len(dataset.labels)
+    n = len(dataset.labels)
+    settings |= {"number of images": n, "precision": str(dtype)}
     out, checkpoint = Path(args.out), load_checkpoint(args.out, settings)
     start, log = (checkpoint["epoch"], checkpoint["log"]) if checkpoint else (0, [])
     steps = n // args.batch_size  # of an epoch
@@ -402,8 +408,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
 
     torch.manual_seed(args.seed)  # for the weights
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
-    augment = (augment or MultiViewAugment)(**{  # its fields are named as the settings
-        f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
+    augment = build_augment(args, augment or MultiViewAugment)
     network = place(network or build_network(args), device)
     make_optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                           weight_decay=args.weight_decay, eta=args.eta)
@@ -507,9 +512,9 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ. Left out are recipe, which only stands for other flags,
-    and what does not change results."""
-    names = (settings.keys() | others.keys()) - {"out", "recipe", "device", "workers"}
+    """The names of settings that differ. Left out are recipe and amp, which stand for other
+    settings, and what does not change results."""
+    names = (settings.keys() | others.keys()) - {"out", "recipe", "amp", "device", "workers"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
 

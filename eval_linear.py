@@ -123,7 +123,7 @@ def training_steps(split, args):
     n = len(split.rows)
     total = args.epochs * (n // args.batch_size)
     batches = clamp.draw_batches(n, args.batch_size, range(args.epochs), args.seed)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(clamp.progress(batches, "training", total, leave=False)):
         yield batch, clamp.lr_scale(step, warmup=0, total=total)
 
 
@@ -132,8 +132,9 @@ def augmented_images(split, args, options):
     randomly cropped and flipped."""
     rank, world = clamp.rank_and_world()
     augment = CropAndFlip(options["size"], views=1)
-    # training_steps() draws the same batches whenever it is called.
-    shares = (split.rows[batch.chunk(world)[rank]] for batch, _ in training_steps(split, args))
+    # The same batches as those of training_steps().
+    batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
+    shares = (split.rows[batch.chunk(world)[rank]] for batch in batches)
     stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
                                  options["workers"], args.seed)
     for step, crops in enumerate(stream):

@@ -9,7 +9,6 @@ RUN is a run folder of clamp.py or a backbone.pt. The result is a line of geomet
 import argparse
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -77,8 +76,7 @@ def measure_theirs(args, backbone, data, settings, options):
         return result
     if not args.random_init:
         network.load_state_dict(clamp.load_checkpoint(args.run, settings)["network"])
-    flags = {f.name: settings[f.name] for f in fields(clamp.MultiViewAugment)} | {"views": 4}
-    augment = clamp.MultiViewAugment(**flags)
+    augment = clamp.build_augment(argparse.Namespace(**settings | {"views": 4}))
     images, = clamp.image_batches(data, [rows[:1024]], augment.crop, options["device"])
     z = [clamp.embed(network.eval(), view, options["dtype"]) for view in augment(images)]
     return result | their_packing(torch.stack(z), radius_scale=7) | {"images": len(images)}

@@ -174,7 +174,7 @@ def sigreg(z, weight=0.05, directions=256):
 
 
 def frossl(z, weight=1.0):
-    """FroSSL: squared distance of the views, and the Frobenius norm of each view's covariance, which
+    """FroSSL: squared distance of the views, and the Frobenius norm of each view's covariance. It
     is least if all eigenvalues are equal (release of arXiv 2310.02903)."""
     m, b, d = z.shape
     z = F.normalize(z, dim=1)  # each feature, over the batch

@@ -6,7 +6,6 @@
 import math
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -79,8 +78,7 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
     images = next(clamp.image_batches(data, [rows], lambda x: clamp.center_crop(x, 128),
                                       torch.device("cpu")))
     skins = images / 255
-    augment = clamp.MultiViewAugment(**{f.name: getattr(args, f.name)
-                                        for f in fields(clamp.MultiViewAugment)})
+    augment = clamp.build_augment(args)
     views = augment(augment.crop(images))
 
     def look():  # at as many test images as a batch has, as the loss would see them
