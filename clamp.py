@@ -434,12 +434,9 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         if not checkpoint:
             claim(out)
             save(out, log, settings, 0, saved)  # later commands with other settings are refused
-    # Row numbers [b] of each step, then those of this process [b / world], then their crops.
-    batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed)
-    shares = (rows.chunk(world)[rank] for rows in batches)
+    batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed, rank, world)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
-    stream = image_batches(dataset, shares, augment.crop, device, args.workers, args.seed,
-                           first_step=start * steps)
+    stream = image_batches(dataset, batches, augment.crop, device, args.workers, args.seed)
     warmup, total = args.warmup_epochs * steps, args.epochs * steps
     bar = progress(total=total, initial=start * steps, unit="step")
     for epoch in range(start, args.epochs):
@@ -580,7 +577,7 @@ def center_crop(images, size):
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
     crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
-    batches = image_batches(data, rows.split(256), crop, device, workers)
+    batches = image_batches(data, enumerate(rows.split(256)), crop, device, workers)
     bar = progress(batches, "features", total, leave=False)
     parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
     return torch.cat(parts).to(device)  # joined on the CPU, to need less memory of a GPU
@@ -604,8 +601,8 @@ def pick_readout(data, args):
     rows = rows[torch.randperm(len(rows), generator=generator)[:5000]]
     if len(rows) < 2:
         return None
-    crop = partial(center_crop, size=args.size)
-    batches = image_batches(data, rows.split(256), crop, torch.device("cpu"), args.workers)
+    crop, cpu = partial(center_crop, size=args.size), torch.device("cpu")
+    batches = image_batches(data, enumerate(rows.split(256)), crop, cpu, args.workers)
     images = torch.cat(list(progress(batches, "read-out", leave=False)))
     return Data(images, data.labels[rows])
 
@@ -644,10 +641,11 @@ class Data:
         files = None if self.files is None else self.files[rows.numpy()]
         return Data(images, self.labels[rows], files, self.unreadable)
 
-    def report(self, problem):
-        if problem not in self.unreadable:
+    def report(self, problems):
+        """Print new error messages. None stands for a file that was read."""
+        for problem in sorted(set(problems) - self.unreadable - {None}):
             tqdm.write(f"unreadable: {problem}")
-        self.unreadable.add(problem)
+            self.unreadable.add(problem)
 
 
 def draw_patterns(n, seed):
@@ -718,29 +716,36 @@ def download(name, split):
     return Data(images, torch.tensor(data.targets))
 
 
-def list_images(path, split):
-    """Data of a folder, with the files' names only. Hidden names, __MACOSX and run folders are left
-    out. An image's class is the folder below path, or below path/train, path/test or path/val.
-    Training images: all in train/, or without train/ all that are not in test/ or val/.
-    Test images: all with a class in test/, or if there are none, in val/."""
+def walk_images(path):
+    """For each folder below path: the names of the folders that lead to it, and its image files.
+    Hidden names, __MACOSX and run folders are left out."""
     def fail(error):
         if not isinstance(error, FileNotFoundError):  # a missing folder has no images
             raise error
 
-    parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
-        # A link may lead back to a folder above.
         if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
-            folders.clear()
+            folders.clear()  # at is a link to a folder above, which is not walked again
             continue
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not Path(at, name, "checkpoint.pt").exists())
-        way = Path(at).relative_to(path).parts  # such as ("train", "cat")
-        part = SPLITS.get(way[0].lower(), "") if way else ""
-        way = way[1:] if part else way
-        label = way[0] if way else None
-        parts[part] += [(os.path.join(at, name), label) for name in sorted(names)
-                        if name[0] != "." and name.lower().endswith(EXTENSIONS)]
+        files = [os.path.join(at, name) for name in sorted(names)
+                 if name[0] != "." and name.lower().endswith(EXTENSIONS)]
+        yield Path(at).relative_to(path).parts, files
+
+
+def list_images(path, split):
+    """Data of a folder, with the files' names only. An image's class is the folder below path, or
+    below path/train, path/test or path/val.
+    Training images: all in train/, or without train/ all that are not in test/ or val/.
+    Test images: all with a class in test/, or if there are none, in val/."""
+    parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
+    for folders, files in walk_images(path):
+        part = SPLITS.get(folders[0].lower(), "") if folders else ""
+        if part:
+            folders = folders[1:]
+        label = folders[0] if folders else None
+        parts[part] += [(file, label) for file in files]
 
     train, test, val, others = parts.values()
     if not any(label for _, label in train):
@@ -765,9 +770,9 @@ def list_images(path, split):
 
 
 def read_image(file, size=None):
-    """The image in a file, uint8 [3, H, W]: upright, and transparent parts on mid-grey (128).
-    size: (width, height) to which an image of another size is cropped and resized.
-    Raises UserError if it cannot be read."""
+    """The image in a file, uint8 [3, H, W], and None. It is upright, and transparent parts are on
+    mid-grey (128). For a file that cannot be read: None, and an error message.
+    size: (width, height) to which an image of another size is cropped and resized."""
     try:
         with Image.open(str(file)) as image:  # str, because numpy has a type of its own
             if image.mode[0] in "IF":  # I, I;16 and F have 16 or 32 bits
@@ -777,57 +782,32 @@ def read_image(file, size=None):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "#808080"), image)
             image = image.convert("RGB")
-        return v2.functional.pil_to_tensor(ImageOps.fit(image, size) if size else image)
+        return v2.functional.pil_to_tensor(ImageOps.fit(image, size) if size else image), None
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types
-        raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}")
+        return None, f"{file}: {getattr(error, 'strerror', None) or error}"
 
 
 def keep_in_memory(data):
     """Read all files now, if they need at most 4 GB, and most images in a sample have the same size
     of at most 256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
-    def read(file, size=None):
-        try:
-            return read_image(file, size)
-        except UserError as error:
-            if rank_and_world()[0] == 0:  # every process reads all files
-                data.report(str(error))
-            return None
-
     n = len(data.files)
-    sample = [read(file) for file in data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]]
-    sizes = Counter(x.shape[1:] for x in sample if x is not None)
+    files = data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]
+    sample, problems = zip(*map(read_image, files))
+    sizes = Counter(image.shape[1:] for image in sample if image is not None)
     if not sizes:
-        read_image(data.files[0])  # none of the sample can be read: raise the first error
+        raise UserError(problems[0])
     (height, width), count = sizes.most_common(1)[0]
     if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
         return data
-    images = [read(file, (width, height)) for file in progress(data.files, "reading", leave=False)]
+    images, problems = zip(*(read_image(file, (width, height))
+                             for file in progress(data.files, "reading", leave=False)))
+    if rank_and_world()[0] == 0:  # every process has read all files
+        data.report(problems)
     data = data.select(torch.tensor([k for k in range(n) if images[k] is not None]))
     data.images = torch.stack([image for image in images if image is not None])
     return data
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """dataset[row, seed] is (crop(image), problem) for the image in files[row]. If it cannot be
-    read, problem says why, and the next readable image stands in for it, and gets its label.
-    Otherwise problem is an empty string."""
-
-    def __init__(self, files, crop):
-        self.files, self.crop = files, crop
-
-    def __getitem__(self, item):
-        row, seed = item
-        problem = ""
-        torch.manual_seed(seed)
-        for k in range(len(self.files)):
-            try:
-                image = read_image(self.files[(row + k) % len(self.files)])
-                return self.crop(image), problem
-            except UserError as error:
-                problem = problem or str(error)
-        raise UserError(problem)
 
 
 def seed_of(*integers):
@@ -835,62 +815,89 @@ def seed_of(*integers):
     return hash(integers)  # unlike that of strings, the same in every run; may be negative
 
 
-def draw_batches(n, batch_size, epochs, seed):
-    """Yields the row numbers [batch_size] of each step's images, for these epochs of n images. All
-    processes draw the same. An incomplete last batch is left out."""
+def draw_batches(n, batch_size, epochs, seed, rank=0, world=1):
+    """Yields, for each step of these epochs of n images, its number and the rows of its images, of
+    which the process `rank` of `world` gets its share [batch_size / world]. An incomplete last
+    batch is left out."""
+    steps = n // batch_size
     for epoch in epochs:
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        yield from torch.randperm(n, generator=generator).split(batch_size)[:n // batch_size]
+        batches = torch.randperm(n, generator=generator).split(batch_size)[:steps]
+        for k, rows in enumerate(batches):
+            yield epoch * steps + k, rows.chunk(world)[rank]
 
 
-def image_batches(data, batches, crop, device, workers=0, seed=0, first_step=0):
-    """Yields crop(images) on `device` for each tensor of rows in `batches`. Images in memory are
-    cropped together. Those in files are read and cropped one by one, by `workers` processes.
+class Crops(torch.utils.data.Dataset):
+    """dataset[step, rows] is (crops, problems): crop(images) of the images in these rows, a list,
+    and error messages. If a file cannot be read, the next one stands in for it.
 
-    Random crops follow from the seed, the step and the rows alone, because torch is seeded anew for
-    each batch or file. (So a run can be continued, with any number of workers.)"""
-    if data.images is not None:
-        for step, rows in enumerate(batches, first_step):
-            torch.manual_seed(seed_of(seed, rows[0].item(), step))
-            crops = crop(data.images[rows.to(data.images.device, non_blocking=True)])
-            # To the CPU, as in pick_readout(), a copy has to be waited for.
-            yield crops.to(device, non_blocking=device.type == "cuda")
-        return
-    items = ([(row, seed_of(seed, row, step)) for row in rows.tolist()]
-             for step, rows in enumerate(batches, first_step))
-    loader = torch.utils.data.DataLoader(  # makes a batch of each list of items
-        ImageFiles(data.files, crop), batch_sampler=items, num_workers=workers,
-        pin_memory=device.type == "cuda")
+    Random crops follow from seed, step and rows alone. So a run can be continued, with any number
+    of loader workers."""
+
+    def __init__(self, data, crop, seed):
+        self.data, self.crop, self.seed = data, crop, seed
+
+    def __getitem__(self, item):
+        step, rows = item
+        torch.manual_seed(seed_of(self.seed, step, rows[0]))
+        images, files = self.data.images, self.data.files
+        if images is not None:
+            rows = torch.tensor(rows).to(images.device, non_blocking=True)
+            return self.crop(images[rows]), []
+        crops, problems = [], []
+        for row in rows:
+            for k in range(len(files)):
+                image, problem = read_image(files[(row + k) % len(files)])
+                problems.append(problem)
+                if image is not None:
+                    break
+            else:  # no file can be read any more
+                raise UserError(problem)
+            crops.append(self.crop(image))
+        return torch.stack(crops), problems
+
+
+def image_batches(data, batches, crop, device, workers=0, seed=0):
+    """Yields crop(images) on `device` for each (step, rows) of `batches`. Images in memory are
+    cropped together, those in files one by one, by `workers` processes."""
+    from_files = data.images is None
+    loader = torch.utils.data.DataLoader(
+        Crops(data, crop, seed), sampler=((step, rows.tolist()) for step, rows in batches),
+        batch_size=None, num_workers=workers if from_files else 0,
+        pin_memory=from_files and device.type == "cuda")
     for crops, problems in loader:
-        for problem in filter(None, problems):
-            data.report(problem)
-        yield crops.to(device, non_blocking=True)
+        data.report(problems)
+        # To the CPU, as in pick_readout(), a copy has to be waited for.
+        yield crops.to(device, non_blocking=device.type == "cuda")
 
 
 # -------- settings
-# A recipe is a list of flags. If a flag comes twice, the last one counts. --lr is for 256 images.
-# SMALL has the ImageNet stem, because a CPU takes 16 times as long for the CIFAR stem. Two views
-# gave better features with a reach of 1.2 than with the authors' 1.5.
-SMALL = """--data cifar10 --radius-scale 7 --max-reach 1.2 --views 2 --batch-size 128 --epochs 30
-    --warmup-epochs 1 --lr .4 --eta 0 --arch resnet18 --stem imagenet --zero-init
-    --projector 2048 256 --size 32 --crop-scale .2 1 --jitter .4 .4 .2 .1 --blur-p .5
-    --solarize-p 0"""
-IMAGENET = """--radius-scale 8.5 --max-reach 1.5 --views 4 --batch-size 512 --warmup-epochs 10
-    --eta 1e-3 --arch resnet50 --stem imagenet --projector 8192 8192 512 --size 224
-    --crop-scale .08 1 --jitter .4 .4 .2 .1 --blur-p 1 .1 --solarize-p 0 .2"""
-# The first three are ours, the others are published. --data photos, imagenet100 and imagenet stand
-# for folders, which your own --data replaces.
+# The first three recipes are ours, the others are published. Their data, photos, imagenet100 and
+# imagenet, stand for folders of images, which your own --data replaces. lr is for 256 images.
+
+SMALL = dict(
+    data="cifar10", radius_scale=7.0, max_reach=1.2,  # better than the authors' 1.5 with two views
+    views=2, batch_size=128, epochs=30, warmup_epochs=1.0, lr=0.4, eta=0.0,
+    arch="resnet18", stem="imagenet",  # on a CPU, the CIFAR stem takes 16 times as long
+    zero_init=True, projector=[2048, 256], size=32, crop_scale=[0.2, 1.0],
+    jitter=[0.4, 0.4, 0.2, 0.1], blur_p=[0.5], solarize_p=[0.0])
+IMAGENET = dict(
+    data="imagenet", radius_scale=8.5, max_reach=1.5, views=4, batch_size=512, epochs=100,
+    warmup_epochs=10.0, lr=1.1, eta=1e-3, arch="resnet50", stem="imagenet", zero_init=False,
+    projector=[8192, 8192, 512], size=224, crop_scale=[0.08, 1.0], jitter=[0.4, 0.4, 0.2, 0.1],
+    blur_p=[1.0, 0.1], solarize_p=[0.0, 0.2])
 RECIPES = {
-    "patterns": f"{SMALL} --data patterns --max-reach 1.5 --views 4 --batch-size 32 --epochs 3"
-                " --lr 1.6",
+    "patterns": SMALL | dict(data="patterns", max_reach=1.5, views=4, batch_size=32, epochs=3,
+                             lr=1.6),
     "small": SMALL,
-    "photos": f"{SMALL} --data photos --size 64 --crop-scale .08 1 --epochs 50",
-    "cifar10-published": """--data cifar10 --radius-scale 7 --max-reach 1.5 --views 16
-        --batch-size 128 --epochs 1000 --warmup-epochs 10 --lr 2 --eta 1e-3 --arch resnet18
-        --stem cifar --projector 2048 256 --size 32 --crop-scale .08 1 --jitter .8 .8 .8 .2
-        --blur-p .5 --solarize-p 0""",
-    "imagenet100": f"{IMAGENET} --data imagenet100 --epochs 200 --lr 2",
-    "imagenet1k": f"{IMAGENET} --data imagenet --epochs 100 --lr 1.1",
+    "photos": SMALL | dict(data="photos", size=64, crop_scale=[0.08, 1.0], epochs=50),
+    "cifar10-published": dict(
+        data="cifar10", radius_scale=7.0, max_reach=1.5, views=16, batch_size=128, epochs=1000,
+        warmup_epochs=10.0, lr=2.0, eta=1e-3, arch="resnet18", stem="cifar", zero_init=False,
+        projector=[2048, 256], size=32, crop_scale=[0.08, 1.0], jitter=[0.8, 0.8, 0.8, 0.2],
+        blur_p=[0.5], solarize_p=[0.0]),
+    "imagenet100": IMAGENET | dict(data="imagenet100", epochs=200, lr=2.0),
+    "imagenet1k": IMAGENET,
 }
 
 
@@ -915,13 +922,17 @@ def data_name(text):
 def parse_args(argv=None):
     """The settings, from the command line or from the list argv."""
     parser = argparse.ArgumentParser(
-        "clamp.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False,
-        description="Train CLAMP. Defaults stand in brackets. The recipe sets the other flags.")
+        "clamp.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given is left out of the result
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train CLAMP. Defaults stand in brackets. The recipe sets the other flags.",
+        epilog="\n".join(f"recipe {name}: {settings}" for name, settings in RECIPES.items()))
     add, share = parser.add_argument, within(float, 0, 1)
     add("--recipe", choices=RECIPES, help="(chosen by --data)")
     add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
-    add("--limit", type=within(int, 1), help="train on this many random images (all)")
-    add("--out", help="run folder (runs/<data>)")
+    add("--limit", type=within(int, 1), default=None,
+        help="train on this many random images (all)")
+    add("--out", default=None, help="run folder (runs/<data>)")
     add("--radius-scale", type=within(float, 1e-3), help="r_s, factor on the radii")
     add("--max-reach", type=within(float, 1e-3), help="largest sum of two radii")
     add("--views", type=within(int, 2), help="m, views of an image")
@@ -934,8 +945,8 @@ def parse_args(argv=None):
         help="except on biases and batch norm (1e-6)")
     add("--arch", choices=("resnet18", "resnet34", "resnet50"), help="backbone")
     add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pool")
-    add("--zero-init", action=argparse.BooleanOptionalAction, default=False,
-        help="start residual branches from zero (off)")
+    add("--zero-init", action=argparse.BooleanOptionalAction,
+        help="start residual branches from zero")
     add("--projector", type=within(int, 1), nargs="+", help="widths of its layers")
     add("--size", type=within(int, 32), help="side of a view in pixels")
     add("--crop-scale", type=share, nargs=2, help="least and largest share of the area")
@@ -945,18 +956,17 @@ def parse_args(argv=None):
     add("--gray-p", type=share, default=0.2, help="probability of grey (0.2)")
     add("--blur-p", type=share, nargs="+", help="probability of blur; views take them in turn")
     add("--solarize-p", type=share, nargs="+", help="of solarising, likewise")
-    add("--compile", choices=("default", "reduce-overhead"), help="mode of torch.compile (off)")
+    add("--compile", choices=("default", "reduce-overhead"), default=None,
+        help="mode of torch.compile (off)")
     add_machine_flags(parser)
 
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args(argv)  # a first pass, only to learn the recipe
-    by_data = {None: "patterns", "patterns": "patterns", "cifar10": "small", "cifar100": "small"}
-    recipe = known.recipe or by_data.get(known.data, "photos")
-    parser.epilog = f"The recipe {recipe}: {RECIPES[recipe]}"
-    add("-h", "--help", action="help", help="show this and exit")  # only now, to show the recipe
-    args = parser.parse_args(["--recipe", recipe, *RECIPES[recipe].split(), *argv])
+    given = vars(parser.parse_args(argv))
+    by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
+    recipe = given.get("recipe") or by_data.get(given.get("data", "patterns"), "photos")
+    args = argparse.Namespace(**RECIPES[recipe] | given | {"recipe": recipe})
+    args.data = data_name(args.data)  # that of a recipe, too
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
-    args.crop_scale.sort()
+    args.crop_scale = sorted(args.crop_scale)
     args.out = args.out or f"runs/{Path(args.data).name}"
     if Path(args.out).resolve() == Path(args.data):
         parser.error("--out: give another folder than --data")
@@ -980,15 +990,13 @@ def command_line(main):
         main()
     except Exception as error:
         message = str(error).split("UserError: ")[-1].strip()  # loader workers add a traceback
-        if isinstance(error, UserError):
-            pass
-        elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or "allocate memory" in message):
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
             message = ("the loader workers lack shared memory; give --workers 0, or enlarge "
                        "/dev/shm (docker run --shm-size)")
-        elif not isinstance(error, OSError):
+        elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -117,29 +117,24 @@ class CropAndFlip(clamp.MultiViewAugment):
         return x
 
 
-def training_steps(split, args):
-    """For each step, the batch as places [b] in the split, and the factor on the learning rate. An
-    incomplete last batch of an epoch is left out."""
-    n = len(split.rows)
-    total = args.epochs * (n // args.batch_size)
-    batches = clamp.draw_batches(n, args.batch_size, range(args.epochs), args.seed)
-    for step, batch in enumerate(clamp.progress(batches, "training", total, leave=False)):
-        yield batch, clamp.lr_scale(step, warmup=0, total=total)
-
-
-def augmented_images(split, args, options):
-    """For each step, this process's share [b / world, 3, size, size] of the images of the batch,
-    randomly cropped and flipped."""
-    rank, world = clamp.rank_and_world()
-    augment = CropAndFlip(options["size"], views=1)
-    # The same batches as those of training_steps().
-    batches = clamp.draw_batches(len(split.rows), args.batch_size, range(args.epochs), args.seed)
-    shares = (split.rows[batch.chunk(world)[rank]] for batch in batches)
-    stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
-                                 options["workers"], args.seed)
-    for step, crops in enumerate(stream):
-        torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
-        yield augment(crops)[0]  # the only view
+def training_steps(split, args, options, augmented):
+    """For each step: the batch as places [b] in the split, the factor on the learning rate, and if
+    augmented, this process's share [b / world, 3, size, size] of the images, cropped and flipped
+    at random. Otherwise, images is None."""
+    (rank, world), n = clamp.rank_and_world(), len(split.rows)
+    total, images = args.epochs * (n // args.batch_size), None
+    draw = partial(clamp.draw_batches, n, args.batch_size, range(args.epochs), args.seed)
+    if augmented:
+        augment = CropAndFlip(options["size"], views=1)
+        shares = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
+        stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
+                                     options["workers"], args.seed)
+    for step, batch in clamp.progress(draw(), "training", total, leave=False):
+        if augmented:
+            crops = next(stream)
+            torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
+            images = augment(crops)[0]  # the only view
+        yield batch, clamp.lr_scale(step, warmup=0, total=total), images
 
 
 def probe(train, test, rates, classes, backbone, args, options):
@@ -158,14 +153,12 @@ def probe(train, test, rates, classes, backbone, args, options):
     def logits(features):  # [n, f] -> [n, rates, classes]
         return heads((features - mean) / std).unflatten(1, (-1, classes))
 
-    if args.augment:
-        images = augmented_images(train, args, options)
-    for batch, scale in training_steps(train, args):
+    for batch, scale, images in training_steps(train, args, options, args.augment):
         batch = batch.to(device, non_blocking=True)
         x, y = train.features[batch], train.labels[batch]
         if args.augment:
             with torch.no_grad():
-                x = clamp.embed(backbone, next(images), options["dtype"])  # [b / world, f]
+                x = clamp.embed(backbone, images, options["dtype"])  # [b / world, f]
                 # gather() takes [views, b, f]. Here is one view.
                 x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch
         z = logits(x)
@@ -195,10 +188,9 @@ def finetune(train, test, rates, classes, backbone, args, options):
         optimizer = torch.optim.SGD([{"params": network[0].parameters()},
                                      {"params": network[1].parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        images = augmented_images(train, args, options)
-        for batch, scale in training_steps(train, args):
+        for batch, scale, images in training_steps(train, args, options, augmented=True):
             share = batch.chunk(world)[rank].to(device, non_blocking=True)
-            logits_of_share = clamp.embed(model, next(images), dtype)  # the network's output
+            logits_of_share = clamp.embed(model, images, dtype)  # the network's output
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(logits_of_share, train.labels[share])).backward()
             optimizer.param_groups[0]["lr"] = 0.05 * rate * scale
@@ -236,7 +228,7 @@ def draw_neighbours(split, args, options, path):
         blocks.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
     crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
     # Each line of a block is a batch. The result is uint8 [12, 1 or 8, 3, 64, 64].
-    blocks = [torch.stack(list(clamp.image_batches(split.data, block, crop, cpu)))
+    blocks = [torch.stack(list(clamp.image_batches(split.data, enumerate(block), crop, cpu)))
               for block in blocks]
     white = torch.full_like(blocks[0], 255)
     grid = torch.cat([blocks[0], white, blocks[1], white, blocks[2]], 1)

@@ -174,7 +174,7 @@ def benchmark(quick=False):
         batches = torch.arange(n).view(-1, n // 6 if n > 8 else n)
 
         def stream():
-            crops = clamp.image_batches(data, batches, augment.crop, device, workers=1)
+            crops = clamp.image_batches(data, enumerate(batches), augment.crop, device, workers=1)
             return [augment(x) for x in crops]
 
         loader = torch.utils.data.DataLoader(

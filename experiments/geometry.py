@@ -77,7 +77,7 @@ def measure_theirs(args, backbone, data, settings, options):
     if not args.random_init:
         network.load_state_dict(clamp.load_checkpoint(args.run, settings)["network"])
     augment = clamp.build_augment(argparse.Namespace(**settings | {"views": 4}))
-    images, = clamp.image_batches(data, [rows[:1024]], augment.crop, options["device"])
+    images, = clamp.image_batches(data, [(0, rows[:1024])], augment.crop, options["device"])
     z = [clamp.embed(network.eval(), view, options["dtype"]) for view in augment(images)]
     return result | their_packing(torch.stack(z), radius_scale=7) | {"images": len(images)}
 

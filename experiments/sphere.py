@@ -75,7 +75,7 @@ def main(run=None, flags=(), folder=Path(__file__).parent):
     labels = data.labels
     rows = labels.argsort(stable=True)[torch.linspace(  # as many of each class
         0, len(labels) - 1, min(args.batch_size, len(labels))).long()]
-    images = next(clamp.image_batches(data, [rows], lambda x: clamp.center_crop(x, 128),
+    images = next(clamp.image_batches(data, [(0, rows)], lambda x: clamp.center_crop(x, 128),
                                       torch.device("cpu")))
     skins = images / 255
     augment = clamp.build_augment(args)

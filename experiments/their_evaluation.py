@@ -6,6 +6,7 @@ Theirs (linear_probe.py in github.com/guanming-zhang/CLAMP) has these flags. Of 
 --labels, --lr, --augment and --finetune are for ours, and all others for both."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,15 +34,15 @@ def evaluate(argv):
     if min(len(held_out), len(scored)) < b or train.labels.min() < 0:
         raise clamp.UserError(f"--batch-size {b}: needs {b} test and {20 * b} training labels")
     split = eval_linear.Split(train, rows, train.labels[rows].to(device), None)
-    crops, accuracies = eval_linear.augmented_images(split, args, options), []
+    steps, accuracies = eval_linear.training_steps(split, args, options, augmented=True), []
     heads = [nn.Linear(backbone.num_features, train.labels.max() + 1, device=device) for _ in RATES]
     groups = [{"params": head.parameters(), "lr": r * b / 256} for head, r in zip(heads, RATES)]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    for epoch in clamp.progress(range(args.epochs), "epochs", leave=False):
+    for _ in range(args.epochs):
         backbone.train()  # batch norm takes the batch's statistics, and its running ones move
-        for batch in clamp.draw_batches(len(rows), b, [epoch], args.seed):
-            x, y = clamp.embed(backbone, next(crops), dtype), split.labels[batch]
+        for batch, _, images in islice(steps, len(rows) // b):
+            x, y = clamp.embed(backbone, images, dtype), split.labels[batch]
             optimizer.zero_grad()
             sum(nn.functional.cross_entropy(head(x), y) for head in heads).backward()
             optimizer.step()
