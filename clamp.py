@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections import Counter, OrderedDict
@@ -47,12 +48,11 @@ class UserError(Exception):
 def balls(z, radius_scale=7.0):
     """Wrap the views of each image in a ball: z [m, b, d] -> centres Z_i [b, d], radii r_i [b].
 
-        Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points on the unit sphere
-        r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
+        points on the unit sphere: z minus the mean of all embeddings, divided by its length
+        Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points
+        r_i = radius_scale * sqrt(Tr(L_i) / min(m, d)), with min(m, d) as in the authors' code
 
-    As in the authors' code, min(m, d) stands for the rank of L_i, which is at most m - 1. As there,
-    the mean of all embeddings is subtracted before they are put on the sphere. float64 stays, other
-    types become float32."""
+    float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
     m, b, d = z.shape
@@ -64,13 +64,14 @@ def balls(z, radius_scale=7.0):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. As in the authors' code, entries of pairs closer than 1e-3, which
-    includes i = j, are -inf, and max_reach is 1.5.
+    for balls that are apart. Pairs that do not count have -inf: as in the authors' code, these are
+    centres closer than 1e-3, which includes i = j.
 
-    While r_i + r_j is above max_reach, only the centres have a gradient. Pushing them apart makes
-    them longer. A mean of unit vectors has length 1 only if all are equal, so views agree, too."""
+    While r_i + r_j is above max_reach, only the centres have a gradient. To move far apart, they
+    have to become longer. A mean of unit vectors is the longer, the more these agree. So the views
+    of an image come to agree, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # cdist's gradient at 0 is 0, not NaN
+    distance = torch.cdist(exact, exact).to(centers.dtype)
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -80,7 +81,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    energy = x.relu().square().sum() / 2  # for another potential: >= 0, and 0 at -inf
+    energy = x.relu().square().sum() / 2  # another potential has to be >= 0, and 0 at -inf
     return (energy + 1e-6).log()
 
 
@@ -122,7 +123,7 @@ def random_boxes(n, height, width, scale, device):
 
 # The next functions compute what torchvision's do, on images x [n, 3, h, w] with values in 0..1.
 # But each image has its own change or sigma [n, 1, 1, 1]. A change or sigma of 0 does nothing.
-# torchvision's factor is 1 + change, and for hue, change.
+# torchvision's factors are 1 + change. Only its hue_factor is the change itself.
 
 def brightness(x, change):
     return (x * (1 + change)).clamp(0, 1)
@@ -142,15 +143,15 @@ def hue(x, change):
     red, green, blue = x.unbind(1)  # [n, h, w] each
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)
-    angle = torch.where(  # in sixths of a turn: red is 0, green 2, blue 4
-        value == red, (green - blue) / safe, torch.where(
-            value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    # The angle is in sixths of a turn: red is at 0, green at 2, blue at 4.
+    angle = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    angle = torch.where(value == red, (green - blue) / safe, angle)
     angle = angle + 6 * change[:, 0]  # change[:, 0] is [n, 1, 1]
 
-    def channel(offset):  # 5, 3, 1 for red, green, blue (Wikipedia, "HSL and HSV")
+    def channel(offset):  # value - chroma * max(0, min(k, 4 - k, 1)): Wikipedia, "HSL and HSV"
         k = (offset + angle) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-    return torch.stack([channel(5), channel(3), channel(1)], 1)
+    return torch.stack([channel(5), channel(3), channel(1)], 1)  # red, green, blue
 
 
 def gaussian_blur(x, sigma, kernel):
@@ -167,19 +168,16 @@ def gaussian_blur(x, sigma, kernel):
     return x.view(n, channels, height, width)
 
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-
 def normalize(x):
-    # With non_blocking, the CPU does not wait for the GPU, also with such small unpinned tensors.
-    mean, std = (t.to(x.device, non_blocking=True) for t in (MEAN, STD))
-    return (x - mean) / std
+    """Normalise x [n, 3, h, w] by ImageNet's mean and standard deviation."""
+    red, green, blue = x.unbind(1)  # numbers instead of tensors, which a GPU would have to wait for
+    return torch.stack([(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225], 1)
 
 
 @dataclass
 class MultiViewAugment:
-    """Random views of images, by the steps of SimCLR and BYOL, on the images' device."""
+    """Random views of images, by the steps of SimCLR and BYOL, on the images' device. crop() is
+    called while images are loaded, the instance itself in the training loop."""
     size: int  # of a view, in pixels
     views: int  # m
     crop_scale: tuple = (0.08, 1.0)  # least and largest share of the image's area
@@ -191,16 +189,16 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def crop(self, images):
-        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. Loader
-        workers call this for a single image from a file: [3, H, W] -> [m, 3, size, size]."""
+        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. Or of
+        a single image from a file: [3, H, W] -> [m, 3, size, size]."""
         if images.ndim == 3:
             crop = v2.RandomResizedCrop(self.size, self.crop_scale)
             return torch.stack([crop(images) for _ in range(self.views)])
         b, _, height, width = images.shape
         boxes = random_boxes(b * self.views, height, width, self.crop_scale, images.device)
-        image = torch.arange(b, device=images.device).repeat_interleave(self.views)
-        boxes = torch.cat([image[:, None], boxes], 1)  # [b * m, 5]: the image of a box comes first
-        # roi_align crops and resizes bilinearly. Where it shrinks, it averages.
+        index = torch.arange(b, device=images.device).repeat_interleave(self.views)
+        boxes = torch.cat([index[:, None], boxes], 1)  # [b * m, 5]: first, the index of the image
+        # roi_align resizes bilinearly. Where it shrinks, it averages (sampling_ratio -1).
         crops = roi_align(images.float(), boxes, self.size, aligned=True).round().byte()
         return crops.unflatten(0, (b, self.views))
 
@@ -215,7 +213,8 @@ class MultiViewAugment:
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
     def chance(self, x, *p):
-        """True or false for each crop of x, [m * b, 1, 1, 1]: true with p[k % len(p)] in view k."""
+        """True or false for each crop of x, [m * b, 1, 1, 1]. View k has probability
+        p[k % len(p)]."""
         of_view = torch.tensor([p[k % len(p)] for k in range(self.views)])
         of_crop = of_view.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
         return self.uniform(x, 0, 1) < of_crop.to(x.device, non_blocking=True)
@@ -234,7 +233,7 @@ class MultiViewAugment:
 
 
 def build_augment(args, kind=MultiViewAugment):
-    """An augmentation of this class with the settings args, which are named as its fields."""
+    """A MultiViewAugment, or a subclass of it, with the settings args, named as its fields."""
     return kind(**{f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
 
 
@@ -267,27 +266,10 @@ def start_processes(args):
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
-def from_all(value):
-    """The values that the processes have, as a list."""
-    values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def agree(facts):
-    """Raise UserError unless all processes have the same facts, a dict. Names that differences()
-    ignores may differ."""
-    for other in from_all(facts):
-        if differences(facts, other):
-            raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
-                            "them the same flags, images and run folder")
-
-
 def gather(z):
     """z [m, b / world, d] of each process -> [m, b, d]. All processes then compute the same loss,
-    but each gets only the gradient of its own part. The whole gradient is their sum. DDP takes the
-    mean, so the loss has to be multiplied by the number of processes."""
+    but each gets only the gradient that flows through its own part. The whole gradient is their
+    sum. DDP takes their mean, so multiply the loss by the number of processes."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -364,7 +346,7 @@ class LARS(torch.optim.SGD):
 def lr_scale(step, warmup, total):
     """Factor on the learning rate: linear over `warmup` steps, then a cosine to 0 at `total`."""
     if step < warmup:
-        return min(1, (step + 1) / warmup)  # warmup need not be a whole number
+        return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
@@ -374,26 +356,26 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     """Train with the settings args, as parse_args returns them. Parts of your own replace what
     args describe:
 
-    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. If it needs
-        layers that are trained, put them at the end of the network.
+    loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. Parameters of its
+        own are not trained.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
     augment: a subclass of MultiViewAugment, not an instance of it
     data: a pair, images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    # Plain types only, so that differences() can compare them with those of a checkpoint.
+    # Plain types, as in a checkpoint: tuples become lists, paths strings.
     args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
-    if data and args.recipe == "patterns":  # parse_args([]) gives this recipe
+    if data is not None and args.recipe == "patterns":  # parse_args([]) gives this recipe
         raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
                         "parse_args(['--recipe', 'small'])")
-    if network and not hasattr(network, "backbone"):
+    if network is not None and not hasattr(network, "backbone"):
         raise UserError("network: give it a .backbone, which is saved and evaluated")
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
-    # What has to be the same if a run continues. The names appear in messages.
+    # What has to stay the same if a run continues. Messages name the keys.
     settings = vars(args) | {"own": own, "data": "own" if data else args.data}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(dataset.labels)
@@ -404,7 +386,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
-    agree(settings | {"first epoch": start})  # a node that does not see the run folder starts at 0
+    agree(settings | {"first epoch": start})  # it is 0 on a node without the run folder's disk
 
     torch.manual_seed(args.seed)  # for the weights
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
@@ -420,7 +402,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         if checkpoint and checkpoint[name]:  # the scaler has no state without fp16
             part.load_state_dict(checkpoint[name])
     if args.compile:
-        network.compile(mode=args.compile)
+        network.compile(mode=args.compile)  # network.backbone alone is not compiled
     # model is what is trained, network what is saved and evaluated.
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
@@ -433,11 +415,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, saved)  # later commands with other settings are refused
+            save(out, log, settings, 0, saved)  # its settings refuse commands with others
+    # The row numbers and then the crops of each step, in the order of the loops below.
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed, rank, world)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
     stream = image_batches(dataset, batches, augment.crop, device, args.workers, args.seed)
-    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    warmup, total = round(args.warmup_epochs * steps), args.epochs * steps
     bar = progress(total=total, initial=start * steps, unit="step")
     for epoch in range(start, args.epochs):
         began, readings = time.time(), []
@@ -445,7 +428,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         for k in range(steps):
             step = epoch * steps + k
             crops = next(stream)  # [b / world, m, 3, size, size]
-            torch.manual_seed(seed_of(args.seed, step, rank))  # crops have other seeds
+            torch.manual_seed(seed_of(args.seed, step, rank))  # next() has set it, too
             views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
@@ -461,12 +444,13 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             if step == 0 and rank == 0:
                 few = views[:8, :8].transpose(0, 1)  # [images, views, 3, size, size]
                 save_image(few.flatten(0, 1), out / "views.png", nrow=few.shape[1], normalize=True)
-            if k % math.ceil(steps / 20) == 0 or k + 1 == steps:  # not often: a GPU has to wait
+            # Not at every step, because a GPU has to wait. At the last, so that no NaN is saved.
+            if k % math.ceil(steps / 20) == 0 or k + 1 == steps:
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        dataset.unreadable.update(*from_all(dataset.unreadable))  # messages from any process
+        dataset.unreadable = set().union(*from_all(dataset.unreadable))
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
@@ -482,9 +466,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             save(out, log, settings, epoch + 1, saved)
     bar.close()
     if dist.is_initialized():
-        dist.barrier()  # from now on, all processes see the last epoch's files
-    if rank == 0 and {"network", "data"}.isdisjoint(own):
-        # The command line of eval_linear.py knows only networks and data that flags describe.
+        dist.barrier()  # whichever process reads the files next, they are complete
+    if rank == 0 and "network" not in own and "data" not in own:  # flags can describe both
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -509,23 +492,39 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ. Left out are recipe and amp, which stand for other
-    settings, and what does not change results."""
-    names = (settings.keys() | others.keys()) - {"out", "recipe", "amp", "device", "workers"}
+    """The names of settings that differ, but for those that do not change results. (recipe and amp
+    stand for other settings, which are compared.)"""
+    names = (settings.keys() | others.keys()) - {"out", "device", "workers", "recipe", "amp"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
+
+
+def from_all(value):
+    """The values that the processes have, as a list."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def agree(facts):
+    """Raise UserError if the settings and other facts (a dict) of processes have differences()."""
+    for other in from_all(facts):
+        if differences(facts, other):
+            raise UserError(f"the processes differ in {differences(facts, other)}; give all of "
+                            "them the same flags, images and run folder")
 
 
 def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
-    # With a backbone.pt alone, torch.load() fails below, so that it is not overwritten.
-    if not Path(out, "checkpoint.pt").exists() and not Path(out, "backbone.pt").exists():
+    path = Path(out, "checkpoint.pt")
+    if not path.exists() and not Path(out, "backbone.pt").exists():  # neither may be overwritten
         return None
     try:
-        checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
+        checkpoint = torch.load(path, "cpu", weights_only=True)
         changed = differences(settings, checkpoint["settings"])
     except Exception:  # torch.load raises many types
-        raise UserError(f"{out}/checkpoint.pt: missing or damaged; give another --out")
+        raise UserError(f"{path}: missing or damaged; give another --out")
     if changed:
         raise UserError(f"{out}/ holds a run with another {changed}; give another --out")
     return checkpoint
@@ -550,8 +549,8 @@ def write(content, path):
 
 
 def save(out, log, settings, epoch, parts):
-    """Write log.jsonl, backbone.pt and checkpoint.pt. A run continues from checkpoint.pt alone. In
-    case the process is killed, checkpoint.pt is replaced last, and whole."""
+    """Write log.jsonl, backbone.pt and checkpoint.pt. A run continues from checkpoint.pt alone,
+    which has the log, too. It is replaced last, and whole, in case the process is killed."""
     state = {"epoch": epoch, "settings": settings}
     backbone = parts["network"].backbone.state_dict()
     write(state | {"backbone": backbone}, out / "backbone.part")
@@ -576,11 +575,11 @@ def center_crop(images, size):
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
-    crop, total = partial(center_crop, size=size), math.ceil(len(rows) / 256)
-    batches = image_batches(data, enumerate(rows.split(256)), crop, device, workers)
-    bar = progress(batches, "features", total, leave=False)
+    crop, batches = partial(center_crop, size=size), rows.split(256)
+    stream = image_batches(data, enumerate(batches), crop, device, workers)
+    bar = progress(stream, "features", len(batches), leave=False)
     parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # joined on the CPU, to need less memory of a GPU
+    return torch.cat(parts).to(device)  # on a GPU, cat() would need the memory twice
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
@@ -610,8 +609,9 @@ def pick_readout(data, args):
 def knn_readout(network, readout, size, device, dtype):
     """20-NN accuracy in %: half of the images are queries, the other half the bank.
     pick_readout() has put them in random order."""
+    network.eval()  # until the next epoch
     n, y = len(readout.labels), readout.labels.to(device)
-    x = extract_features(network.eval().backbone, readout, torch.arange(n), size, device, dtype)
+    x = extract_features(network.backbone, readout, torch.arange(n), size, device, dtype)
     return knn_accuracy(x[n // 2:], y[n // 2:], x[:n // 2], y[:n // 2])
 
 
@@ -619,7 +619,7 @@ def knn_readout(network, readout, size, device, dtype):
 DATASETS = "patterns", "cifar10", "cifar100"
 EXTENSIONS = *IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".heic"
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
-          "valid": "val", "validation": "val"}  # names of folders, in any case
+          "valid": "val", "validation": "val"}  # names of folders, in upper or lower case
 
 
 @dataclass
@@ -642,8 +642,8 @@ class Data:
         return Data(images, self.labels[rows], files, self.unreadable)
 
     def report(self, problems):
-        """Print new error messages. None stands for a file that was read."""
-        for problem in sorted(set(problems) - self.unreadable - {None}):
+        """Print those of these error messages that are new."""
+        for problem in sorted(set(problems) - self.unreadable):
             tqdm.write(f"unreadable: {problem}")
             self.unreadable.add(problem)
 
@@ -679,8 +679,8 @@ def draw_patterns(n, seed):
 
 
 def load_data(name, split, limit=None, seed=0, own=None):
-    """The "train" or "test" images of one of DATASETS or of a folder (none if it has no test
-    images). limit: keep this many, chosen at random. own: a pair (images, labels)."""
+    """The "train" or "test" images of one of DATASETS or of a folder. Without test images, the Data
+    is empty. limit: keep this many, chosen at random. own: a pair (images, labels)."""
     if own is not None:
         images, labels = own
         if ((images.dtype, labels.dtype) != (torch.uint8, torch.int64) or images.ndim != 4
@@ -724,8 +724,9 @@ def walk_images(path):
             raise error
 
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
+        # A link to a folder above would be walked again and again.
         if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
-            folders.clear()  # at is a link to a folder above, which is not walked again
+            folders.clear()
             continue
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX"
                             and not Path(at, name, "checkpoint.pt").exists())
@@ -735,8 +736,8 @@ def walk_images(path):
 
 
 def list_images(path, split):
-    """Data of a folder, with the files' names only. An image's class is the folder below path, or
-    below path/train, path/test or path/val.
+    """Data of a folder, with the files' names only. An image's class is the first folder below
+    path, or below path/train, path/test or path/val.
     Training images: all in train/, or without train/ all that are not in test/ or val/.
     Test images: all with a class in test/, or if there are none, in val/."""
     parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
@@ -747,20 +748,22 @@ def list_images(path, split):
         label = folders[0] if folders else None
         parts[part] += [(file, label) for file in files]
 
-    train, test, val, others = parts.values()
-    if not any(label for _, label in train):
-        # Images in train/ without classes, beside cat/ and dog/, may be of trains.
-        if train and any(label for _, label in others):
-            raise UserError(f"--data {path}: is train/ a class or the training images? Rename it")
-        train = train or others
+    def labelled(part):
+        return [(file, label) for file, label in parts[part] if label]
+
+    if labelled("") and not labelled("train"):
+        for part in parts:
+            if parts[part] and not labelled(part):  # of trains, or valid/ beside invalid/?
+                raise UserError(f"--data {path}: {part}/ has no class folders, but there are some "
+                                "beside it; rename it if it is a class, or move it")
+    train, test = parts["train"] or parts[""], labelled("test") or labelled("val")
     if not train:
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
-    if len(classes) < 2:  # a single folder is no class: all labels are -1, without a test set
-        classes, test, val = [], [], []
+    if len(classes) < 2:  # a single folder is no class: no labels, no test set
+        classes, test = [], []
     numbers = {label: k for k, label in enumerate(classes)}
-    test = [x for x in test if x[1]] or [x for x in val if x[1]]
     unknown = {label for _, label in test} - numbers.keys()
     if unknown:
         raise UserError(f"--data {path}: no training images of {', '.join(sorted(unknown))}")
@@ -770,8 +773,8 @@ def list_images(path, split):
 
 
 def read_image(file, size=None):
-    """The image in a file, uint8 [3, H, W], and None. It is upright, and transparent parts are on
-    mid-grey (128). For a file that cannot be read: None, and an error message.
+    """Returns (image, None), or (None, error message) for a file that cannot be read. The image is
+    uint8 [3, H, W], upright, and its transparent parts are on mid-grey (128).
     size: (width, height) to which an image of another size is cropped and resized."""
     try:
         with Image.open(str(file)) as image:  # str, because numpy has a type of its own
@@ -804,21 +807,22 @@ def keep_in_memory(data):
     images, problems = zip(*(read_image(file, (width, height))
                              for file in progress(data.files, "reading", leave=False)))
     if rank_and_world()[0] == 0:  # every process has read all files
-        data.report(problems)
+        data.report(problem for problem in problems if problem)
     data = data.select(torch.tensor([k for k in range(n) if images[k] is not None]))
     data.images = torch.stack([image for image in images if image is not None])
     return data
 
 
 def seed_of(*integers):
-    """A seed that follows from some integers, in every process and run."""
-    return hash(integers)  # unlike that of strings, the same in every run; may be negative
+    """A seed that follows from some integers, the same in every process and run."""
+    return random.Random(str(integers)).getrandbits(63)
 
 
 def draw_batches(n, batch_size, epochs, seed, rank=0, world=1):
-    """Yields, for each step of these epochs of n images, its number and the rows of its images, of
-    which the process `rank` of `world` gets its share [batch_size / world]. An incomplete last
-    batch is left out."""
+    """Yields (step, rows) for all steps of these epochs of n images: the number of the step, and
+    the rows of its images in the data [batch_size / world]. The rows are those of the process
+    `rank` of `world`: the same batch as for a single process, cut into `world` parts. An incomplete
+    last batch of an epoch is left out."""
     steps = n // batch_size
     for epoch in epochs:
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
@@ -827,9 +831,22 @@ def draw_batches(n, batch_size, epochs, seed, rank=0, world=1):
             yield epoch * steps + k, rows.chunk(world)[rank]
 
 
+def read_or_next(files, row):
+    """The image in files[row], or if it cannot be read, the next one that can. Also returns a list
+    of error messages."""
+    problems = []
+    for k in range(len(files)):
+        image, problem = read_image(files[(row + k) % len(files)])
+        if image is not None:
+            return image, problems
+        problems.append(problem)
+    raise UserError(problems[0])
+
+
 class Crops(torch.utils.data.Dataset):
-    """dataset[step, rows] is (crops, problems): crop(images) of the images in these rows, a list,
-    and error messages. If a file cannot be read, the next one stands in for it.
+    """dataset[step, rows] returns (crops, problems): crop(images) for the images in `rows`, a list,
+    and error messages. In place of a file that cannot be read, the next one is taken. (It gets the
+    label of the first. Only the k-NN read-out may use that.)
 
     Random crops follow from seed, step and rows alone. So a run can be continued, with any number
     of loader workers."""
@@ -839,21 +856,16 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         step, rows = item
-        torch.manual_seed(seed_of(self.seed, step, rows[0]))
-        images, files = self.data.images, self.data.files
+        torch.manual_seed(seed_of(self.seed, step, *rows))
+        images = self.data.images
         if images is not None:
             rows = torch.tensor(rows).to(images.device, non_blocking=True)
             return self.crop(images[rows]), []
         crops, problems = [], []
         for row in rows:
-            for k in range(len(files)):
-                image, problem = read_image(files[(row + k) % len(files)])
-                problems.append(problem)
-                if image is not None:
-                    break
-            else:  # no file can be read any more
-                raise UserError(problem)
+            image, new_problems = read_or_next(self.data.files, row)
             crops.append(self.crop(image))
+            problems += new_problems
         return torch.stack(crops), problems
 
 
@@ -863,17 +875,17 @@ def image_batches(data, batches, crop, device, workers=0, seed=0):
     from_files = data.images is None
     loader = torch.utils.data.DataLoader(
         Crops(data, crop, seed), sampler=((step, rows.tolist()) for step, rows in batches),
-        batch_size=None, num_workers=workers if from_files else 0,
-        pin_memory=from_files and device.type == "cuda")
+        batch_size=None,  # an item of the sampler goes to Crops as it is
+        num_workers=workers if from_files else 0, pin_memory=from_files and device.type == "cuda")
     for crops, problems in loader:
         data.report(problems)
-        # To the CPU, as in pick_readout(), a copy has to be waited for.
+        # From a GPU to the CPU, a non-blocking copy might be read too early.
         yield crops.to(device, non_blocking=device.type == "cuda")
 
 
 # -------- settings
-# The first three recipes are ours, the others are published. Their data, photos, imagenet100 and
-# imagenet, stand for folders of images, which your own --data replaces. lr is for 256 images.
+# The recipes patterns, small and photos are ours, the others are published. The data sets photos,
+# imagenet100 and imagenet stand for folders, which --data replaces. lr is for 256 images a batch.
 
 SMALL = dict(
     data="cifar10", radius_scale=7.0, max_reach=1.2,  # better than the authors' 1.5 with two views
@@ -962,9 +974,11 @@ def parse_args(argv=None):
 
     given = vars(parser.parse_args(argv))
     by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
-    recipe = given.get("recipe") or by_data.get(given.get("data", "patterns"), "photos")
+    recipe = by_data.get(given.get("data", "patterns"), "photos")
+    recipe = given.get("recipe", recipe)
+    # A recipe sets only flags that have no default.
     args = argparse.Namespace(**RECIPES[recipe] | given | {"recipe": recipe})
-    args.data = data_name(args.data)  # that of a recipe, too
+    args.data = data_name(args.data)  # the folder of a recipe, too, becomes a whole path
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale = sorted(args.crop_scale)
     args.out = args.out or f"runs/{Path(args.data).name}"
@@ -990,8 +1004,8 @@ def command_line(main):
         main()
     except Exception as error:
         message = str(error).split("UserError: ")[-1].strip()  # loader workers add a traceback
-        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "allocate memory" in message):
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if out_of_memory or "allocate memory" in message:
             message = "out of memory; lower --batch-size or --size, and give another --out"
         elif "shared memory" in message or "DataLoader worker (pid" in message:
             message = ("the loader workers lack shared memory; give --workers 0, or enlarge "
@@ -999,7 +1013,7 @@ def command_line(main):
         elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2)  # torchrun then stops the other processes
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -293,6 +293,7 @@ def write_pictures(folder, n, sizes=ONE_SIZE, seed=0):
     "Training/a/1:0 Training/b/1:1 Valid/a/1:t0",
     "train/a/1:0 train/b/1:1 train/a/up>../.. test/b/1:t1",
     "a/1:0 b/1:1 c>b c/1:2", "a/1:0 b/1:1 val/a/1:t0", "train/1:-1 test/1",
+    "train/a/1:0 train/b/1:1 train/1:-1 c/1 test/1 2",
     "a/1:0 b/1:1 b/up>.. ../x/1 c>../x c/1:2",
     "a/1:0 b/1:1 a/.2 a/._1.png .c/1 a/.thumbnails/1 __MACOSX/a/1 run/views run/checkpoint.pt"])
 def test_folders(names, tmp_path):
@@ -718,7 +719,8 @@ def refusal(capfd, script, *argv, **parts):
     ("--recipe imagenet1k", "/imagenet: no images there; give patterns, cifar10, cifar100, or a"),
     ("--data {tmp}/empty", "--data {tmp}/empty: no images there"),
     ("--data {tmp}/data", "--data {tmp}/data: no training images of B"),
-    ("--data {tmp}/bus", "is train/ a class or the training images?"),
+    ("--data {tmp}/pills", "val/ has no class folders, but there are some beside it; rename"),
+    ("--data {tmp}/bus", "train/ has no class folders, but there are some beside it"),
     ("--data ", "--data: give a folder, or patterns, cifar10, cifar100"),
     ("--data cifar10", "--data cifar10: cannot download"), ("--out {tmp}/empty/x", "{tmp}/empty/x"),
     ("--device cuda", "no GPU for process 1; start fewer, or use --device cpu"),
@@ -726,7 +728,8 @@ def refusal(capfd, script, *argv, **parts):
     ("{run} --labels nosuch", "nosuch: no such file"),
     ("{run} --limit 200", "--batch-size 256: must be at most 180, the images to train on")])
 def test_bad_flags_give_one_line(flags, words, whole_run, tmp_path, capfd, monkeypatch):
-    for name in "data/train/a", "data/train/b", "data/test/B", "bus/car", "bus/train", "empty":
+    for name in ("data/train/a", "data/train/b", "data/test/B", "bus/car", "bus/train", "empty",
+                 "pills/invalid", "pills/Valid"):
         write_pictures(tmp_path / name, name != "empty")
     (tmp_path / "empty/x").touch()
     before = {*tmp_path.rglob("*"), *whole_run.rglob("*")}
