@@ -4,8 +4,8 @@
     python eval_linear.py runs/cifar10 --augment            the probe sees random crops and flips
     python eval_linear.py runs/cifar10 --random-init        the same network untrained: the floor
     python eval_linear.py runs/cifar10 --data cifar100      on other images
-    python eval_linear.py runs/cifar10 --labels 0.01        on 1 % of the labels of each class
-    python eval_linear.py runs/cifar10 --labels names.txt   on the labels of the files in a list
+    python eval_linear.py runs/cifar10 --labels 0.01        on 1 % of each class
+    python eval_linear.py runs/cifar10 --labels names.txt   on the images named in a file
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
@@ -35,9 +35,9 @@ import clamp
 
 @dataclass
 class Split:
-    """n images of a clamp.Data and their features."""
+    """n images and their features. Image i is the image rows[i] of data."""
     data: clamp.Data
-    rows: torch.Tensor  # [n], the images' places in data; on the CPU
+    rows: torch.Tensor  # [n], on the CPU
     labels: torch.Tensor  # [n], on the device
     features: torch.Tensor  # [n, f], on the device
 
@@ -48,45 +48,41 @@ class Split:
 
 def load_backbone(path, pretrained=True, backbone=None, seed=0):
     """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
-    holds: backbone, epoch and settings. Raises UserError if the file and the backbone do not fit.
-    backbone: a module of your own to load the weights into.
-    pretrained: if False, they are not loaded, and a new network has random ones, by the seed.
-    """
+    holds: backbone (the weights), epoch and settings. Raises UserError if the weights do not fit.
+    backbone: a module of your own. A copy of it gets the weights.
+    pretrained: if False, weights are random by the seed, or those of your own module."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         torch.manual_seed(seed)
         if backbone is None:
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
-        if pretrained:
-            backbone.load_state_dict(saved["backbone"])
-        else:  # only see whether they would fit
-            copy.deepcopy(backbone).load_state_dict(saved["backbone"])
+        trained = copy.deepcopy(backbone)
+        trained.load_state_dict(saved["backbone"])
     except Exception:  # torch.load raises many types
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone")
-    return backbone.eval(), saved
+    return (trained if pretrained else backbone).eval(), saved
 
 
-def choose_rows(data, rows, part):
-    """Choose the rows whose labels are used. rows: [n], in random order.
-    part: None for all of them; a fraction, for the first of the rows of each class; or a text file
-    with names of image files, separated by white space, such as SimCLR's lists of ImageNet."""
-    if part is None or not len(rows):
+def choose_rows(data, rows, labels):
+    """Those of the rows [n] whose labels are used. rows are in random order, and stay so.
+    labels: None for all; a fraction of each class, of one image at least; or a text file with names
+    of image files, separated by white space, such as SimCLR's lists of ImageNet."""
+    if labels is None or not len(rows):  # evaluate() deals with images without labels
         return rows
-    if isinstance(part, float):
-        labels, kept = data.labels[rows], []
-        for label in labels.unique():
-            places = (labels == label).nonzero()[:, 0]
-            kept.append(places[:max(1, round(part * len(places)))])
-        return rows[torch.cat(kept).sort().values]
-    names = set(Path(part).read_text(errors="surrogateescape").split())  # as file names are
-    files = [] if data.files is None else data.files[rows.numpy()]
-    kept = [k for k, file in enumerate(files) if Path(file).name in names]
-    # Each name has to be that of one file.
-    if not names or {Path(files[k]).name for k in kept} != names or len(kept) > len(names):
-        raise clamp.UserError(f"--labels {part}: {len(names)} names fit {len(kept)} training "
-                              "files; each has to fit one")
+    if isinstance(labels, float):
+        of_row, kept = data.labels[rows], []
+        for label in of_row.unique():
+            places = (of_row == label).nonzero()[:, 0]
+            kept.append(places[:max(1, round(labels * len(places)))])
+        return rows[torch.cat(kept).sort().values]  # sorted: in the order of rows
+    names = set(Path(labels).read_text(errors="surrogateescape").split())  # as in file names
+    files = [] if data.files is None else [Path(file).name for file in data.files[rows.numpy()]]
+    kept = [k for k, file in enumerate(files) if file in names]
+    if not names or sorted(files[k] for k in kept) != sorted(names):
+        raise clamp.UserError(f"--labels {labels}: {len(names)} names fit {len(kept)} training "
+                              "files (without a held-out fifth); each has to fit one")
     return rows[kept]
 
 
@@ -95,14 +91,14 @@ def extract(network, data, rows, options):
     options: size, device, dtype and workers, as clamp.extract_features takes them."""
     rank, world = clamp.rank_and_world()
     share = math.ceil(len(rows) / world)
-    # All shares need the same length. Beyond the end, they go on with the first rows (%).
+    # All shares need the same length, so the last ones go on with the first rows.
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
     if world == 1:
         return part
     features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)  # clamp.gather() takes twice the memory
-    return features[:len(rows)]  # without what came after the end
+    dist.all_gather_into_tensor(features, part)  # takes half the memory of clamp.gather()
+    return features[:len(rows)]
 
 
 def make_split(data, rows, backbone, options):
@@ -111,59 +107,64 @@ def make_split(data, rows, backbone, options):
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """MultiViewAugment without its changes of colour. crop() crops, and a call flips the crops."""
+    """Random crops by crop(), while images are loaded. A call of the instance flips at random, and
+    leaves the colours."""
 
     def photometric(self, x):
         return x
 
 
 def training_steps(split, args, options, augmented):
-    """For each step: the batch as places [b] in the split, the factor on the learning rate, and if
-    augmented, this process's share [b / world, 3, size, size] of the images, cropped and flipped
-    at random. Otherwise, images is None."""
-    (rank, world), n = clamp.rank_and_world(), len(split.rows)
-    total, images = args.epochs * (n // args.batch_size), None
+    """Yields for each step
+    batch: the images of the batch, as places [b] in the split
+    images: if augmented, the images of this process's part of the batch, which is
+        batch.chunk(world)[rank], cropped and flipped at random [b / world, 3, size, size]
+    scale: the factor on the learning rate"""
+    rank, world = clamp.rank_and_world()
+    n = len(split.rows)
+    total = args.epochs * (n // args.batch_size)
     draw = partial(clamp.draw_batches, n, args.batch_size, range(args.epochs), args.seed)
     if augmented:
         augment = CropAndFlip(options["size"], views=1)
-        shares = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
-        stream = clamp.image_batches(split.data, shares, augment.crop, options["device"],
+        parts = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
+        stream = clamp.image_batches(split.data, parts, augment.crop, options["device"],
                                      options["workers"], args.seed)
     for step, batch in clamp.progress(draw(), "training", total, leave=False):
+        images = None
         if augmented:
             crops = next(stream)
             torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
-            images = augment(crops)[0]  # the only view
-        yield batch, clamp.lr_scale(step, warmup=0, total=total), images
+            images, = augment(crops)  # of one view
+        yield batch, images, clamp.lr_scale(step, warmup=0, total=total)
 
 
 def probe(train, test, rates, classes, backbone, args, options):
     """Train a linear classifier for each learning rate, side by side, by SGD with momentum 0.9 and
     a cosine schedule. Their weights start from 0. Returns logits of test [rates, n, classes].
 
-    Every process trains the same classifiers on whole batches. With --augment, it computes the
-    features of its share of the images, and gathers the others."""
+    Every process trains the same classifiers on whole batches, so gradients need not be exchanged.
+    With --augment, each computes the features of its part of the batch, and gathers the others."""
     device = options["device"]
-    mean, std = train.features.mean(0), train.features.std(0)
+    mean, std = train.features.mean(0), train.features.std(0)  # with --augment, too
     std = std.clamp(min=0.01 * std.mean().item())  # for constant features
-    heads = nn.Linear(len(mean), len(rates) * classes, device=device)
+    heads = nn.Linear(len(mean), len(rates) * classes, device=device)  # all side by side
     nn.init.zeros_(heads.weight), nn.init.zeros_(heads.bias)
     optimizer = torch.optim.SGD(heads.parameters(), lr=0, momentum=0.9)  # each step sets lr
 
     def logits(features):  # [n, f] -> [n, rates, classes]
         return heads((features - mean) / std).unflatten(1, (-1, classes))
 
-    for batch, scale, images in training_steps(train, args, options, args.augment):
+    for batch, images, scale in training_steps(train, args, options, args.augment):
         batch = batch.to(device, non_blocking=True)
-        x, y = train.features[batch], train.labels[batch]
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, images, options["dtype"])  # [b / world, f]
-                # gather() takes [views, b, f]. Here is one view.
-                x = clamp.gather(x[None])[0]  # [b, f], in the order of the batch
-        z = logits(x)
+                x, = clamp.gather(x[None])  # [b, f]; gather() takes [views, b / world, f]
+        else:
+            x = train.features[batch]
+        y, z = train.labels[batch], logits(x)
         # Without weight decay, SGD with momentum is linear in the gradients. So each classifier can
-        # have its rate as a factor on its loss.
+        # have its rate as a factor on its loss. The optimiser's rate is the schedule.
         losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -181,64 +182,64 @@ def finetune(train, test, rates, classes, backbone, args, options):
     logits = []
     for rate in rates:
         torch.manual_seed(args.seed)  # the same start for all rates
-        head = nn.Linear(train.features.shape[1], classes)
+        head = nn.Linear(train.features.shape[1], classes)  # with zeros, the backbone would wait
         network = nn.Sequential(copy.deepcopy(backbone), head)
-        network = clamp.place(network, device).train()  # with synchronised batch norm on GPUs
+        network = clamp.place(network, device).train()  # synchronises batch norm on several GPUs
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
         optimizer = torch.optim.SGD([{"params": network[0].parameters()},
                                      {"params": network[1].parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        for batch, scale, images in training_steps(train, args, options, augmented=True):
-            share = batch.chunk(world)[rank].to(device, non_blocking=True)
-            logits_of_share = clamp.embed(model, images, dtype)  # the network's output
+        for batch, images, scale in training_steps(train, args, options, augmented=True):
+            part = batch.chunk(world)[rank].to(device, non_blocking=True)
+            z = clamp.embed(model, images, dtype)  # [b / world, classes]
             optimizer.zero_grad()
-            scaler.scale(F.cross_entropy(logits_of_share, train.labels[share])).backward()
+            scaler.scale(F.cross_entropy(z, train.labels[part])).backward()
             optimizer.param_groups[0]["lr"] = 0.05 * rate * scale
             optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, each process has its own statistics of batch norm. DistributedDataParallel takes
-        # the first process's before it computes, so it is `model` that is evaluated.
+        # On CPUs, each process has its own statistics of batch norm. So evaluate `model`, not
+        # `network`: before it computes, DistributedDataParallel copies the first process's to all.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. With too large a rate, logits are NaN, and it is that of chance."""
+    """Top-k accuracy in %. Logits that are NaN, because the learning rate is too large, count as
+    equal."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
 
 def draw_neighbours(split, args, options, path):
-    """A picture with a dozen lines: an image, its eight nearest by the features, and its eight
-    nearest by those of the same network untrained. They are sought among 5,000 images at most.
-    This needs no other process."""
+    """A picture of a dozen lines: an image, the eight images whose features are nearest, and the
+    eight that are nearest for the same network untrained. Called in the first process only."""
     if len(split.rows) < 2:
         return
     untrained = load_backbone(args.run, pretrained=False, seed=args.seed)[0].to(options["device"])
-    kept = slice(None, None, math.ceil(len(split.rows) / 5000))
-    rows, features = split.rows[kept], split.features[kept]
+    some = slice(None, None, math.ceil(len(split.rows) / 5000))  # at most 5,000, to be quick
+    rows, features = split.rows[some], split.features[some]
     untrained_features = clamp.extract_features(untrained, split.data, rows, **options)
     shown = torch.linspace(0, len(rows) - 1, min(12, len(rows))).long()
-    blocks = [rows[shown][:, None]]  # three parts of the picture, as rows of data: [12, 1 or 8]
+    columns = [rows[shown][:, None]]  # rows of data, [12, 1], then twice [12, 8]
     for x in (features, untrained_features):
         x = F.normalize(x).cpu()
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
-        blocks.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
-    crop, cpu = partial(clamp.center_crop, size=64), torch.device("cpu")
-    # Each line of a block is a batch. The result is uint8 [12, 1 or 8, 3, 64, 64].
-    blocks = [torch.stack(list(clamp.image_batches(split.data, enumerate(block), crop, cpu)))
-              for block in blocks]
-    white = torch.full_like(blocks[0], 255)
-    grid = torch.cat([blocks[0], white, blocks[1], white, blocks[2]], 1)
-    save_image(grid.flatten(0, 1) / 255, path, nrow=grid.shape[1])
+        columns.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
+    crop = partial(clamp.center_crop, size=64)
+    lines = clamp.image_batches(split.data, enumerate(torch.cat(columns, 1)), crop,
+                                torch.device("cpu"))  # of each line, uint8 [17, 3, 64, 64]
+    white = torch.full((1, 3, 64, 64), 255)
+    lines = [torch.cat([x[:1], white, x[1:len(x) // 2 + 1], white, x[len(x) // 2 + 1:]])
+             for x in lines]
+    save_image(torch.cat(lines) / 255, path, nrow=len(lines[0]))  # nrow: images in a line
     print(f"{path}: images, their nearest by the features, and by those of an untrained network")
 
 
 def choose_images(name, args, own=None):
-    """(data, rows) to train on, rows in random order, and (data, rows) to test on. Rows without
-    labels are left out."""
+    """(data, rows) to train on, rows in random order, and (data, rows) to test on. Images without
+    labels, which have -1, are left out."""
     own_train, own_test = own or (None, None)
     train = clamp.load_data(name, "train", limit=args.limit, seed=args.seed, own=own_train)
     test = clamp.load_data(name, "test", own=own_test)  # empty if there is no test set
@@ -253,9 +254,9 @@ def choose_images(name, args, own=None):
 
 
 def check_readable(*data):
-    """Raise UserError if images could not be read. (The loader has put others in their place.)"""
+    """Raise UserError if images could not be read. (The loader has taken other images instead.)"""
     here = set().union(*(x.unreadable for x in data))
-    unreadable = set().union(*clamp.from_all(here))  # each process has read only its share
+    unreadable = set().union(*clamp.from_all(here))  # from all processes
     if unreadable:
         raise clamp.UserError(f"{len(unreadable)} images, named above, cannot be read; repair or "
                               "remove them")
@@ -273,65 +274,66 @@ def export_features(data, backbone, options, folder):
 
 
 def evaluate(args, backbone=None, data=None):
-    """Evaluate args.run with the settings args, as parse_args returns them. Prints, writes and
-    returns the result, or None if there are no labels.
+    """Evaluate the run args.run, with args as parse_args returns them. Prints, writes and returns
+    the result, or None if there are no labels.
 
-    backbone: a module of your own, images [n, 3, size, size] -> [n, f], to load the weights into.
-        With --random-init its weights stay as they are, so make a new one.
+    backbone: a module of your own, images [n, 3, size, size] -> [n, f]. A copy of it gets the run's
+        weights. With --random-init, it is evaluated as it is, so pass an untrained one.
     data: ((images, labels) to train on, (images, labels) to test on), as for clamp.train"""
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
-    # The picture needs an untrained network, which can be built only if it is not your own.
-    draw_picture = rank == 0 and backbone is None and not args.random_init
+    built_here = backbone is None
     backbone, saved = load_backbone(args.run, not args.random_init, backbone, args.seed)
     backbone = backbone.to(device, memory_format=torch.channels_last)
     settings = saved["settings"]
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     name = "own" if data else (args.data or settings["data"])
-    if name == "own" and not data:
+    if name == "own" and not data:  # as the run had it
         raise clamp.UserError(f"{args.run} was trained on images from memory; name other --data, "
                               "or pass evaluate() data")
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
-    train_data.to(device), test_data.to(device)  # moves their images, not their labels
-    if not len(rows):  # no labels
-        if args.random_init:
-            raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
-        split = export_features(train_data, backbone, options, folder)
-        if draw_picture:
-            draw_neighbours(split, args, options, folder / "neighbours.png")
-        return None
-    tenth = math.ceil(len(rows) / 10)
-    n = len(rows) - tenth
-    if args.batch_size % world or args.batch_size > n:
-        raise clamp.UserError(f"--batch-size {args.batch_size}: must be at most {n}, the images to "
-                              f"train on, and divisible by {world}, the number of processes")
-    train = make_split(train_data, rows, backbone, options)
-    test = make_split(test_data, test_rows, backbone, options)
-    check_readable(train_data, test_data)
-    if draw_picture:
+    held_out_fifth = test_data is train_data
+    for images in (train_data, test_data):
+        images.to(device)
+    if len(rows):
+        tenth = math.ceil(len(rows) / 10)  # held out to choose the learning rate
+        if args.batch_size % world or args.batch_size > len(rows) - tenth:
+            raise clamp.UserError(
+                f"--batch-size {args.batch_size}: must be at most {len(rows) - tenth}, the images "
+                f"to train on, and divisible by {world}, the number of processes")
+        train = make_split(train_data, rows, backbone, options)
+        test = make_split(test_data, test_rows, backbone, options)
+        check_readable(train_data, test_data)
+    elif args.random_init:
+        raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
+    else:
+        test = export_features(train_data, backbone, options, folder)
+    if rank == 0 and built_here and not args.random_init:  # others lack an untrained network
         draw_neighbours(test, args, options, folder / "neighbours.png")
+    if not len(rows):
+        return None
 
     # fit(train, test, rates) returns logits of test [rates, n, classes].
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
     held_out = train.part(0, tenth)
-    sweep = [accuracy(logits, held_out.labels)
-             for logits in fit(train.part(tenth), held_out, args.lr)]
+    logits_of_rates = fit(train.part(tenth), held_out, args.lr)
+    sweep = [accuracy(logits, held_out.labels) for logits in logits_of_rates]
     lr = args.lr[sweep.index(max(sweep))]
-    logits = fit(train, test, [lr])[0]
+    logits, = fit(train, test, [lr])
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
               "n_train": len(rows), "n_test": len(test_rows), "data": name,
               "epoch": 0 if args.random_init else saved["epoch"], "epochs": settings["epochs"]}
     if rank == 0:
-        if draw_picture and "network" in settings.get("own", []):
+        if built_here and "network" in settings.get("own", []):
             print(f"The run had a network of its own. Its weights fit {settings['arch']} with the "
                   f"{settings['stem']} stem. If it is another one, pass evaluate() a backbone.")
         print("backbone after {epoch} of {epochs} epochs".format(**result))
-        if test_data is train_data:
+        if held_out_fifth:
             print(f"no test set: {len(test_rows)} images are held out. If the backbone was trained "
                   "on this folder, it has seen them, without labels.")
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
@@ -363,9 +365,9 @@ def parse_args(argv=None):
     add("--data", type=clamp.data_name, help="data set or folder (the run's)")
     add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--labels", type=fraction_or_file, help="fraction of the labels, or file of names (all)")
-    add("--random-init", action="store_true", help="an untrained network: the floor")
+    add("--random-init", action="store_true", help="an untrained backbone: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
-    add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
+    add("--finetune", action="store_true", help="train the backbone too, with --augment")
     add("--lr", type=within(float, 0), nargs="+",
         help="learning rates to try (.001 .003 .01 .03 .1 .3; --finetune: .1 .2 .4 .6 .8)")
     add("--epochs", type=within(int, 1), help="of the classifier (100; --finetune: 20)")

@@ -108,7 +108,7 @@ def test_neighbours_are_copied_to_the_cpu_before_they_are_drawn():
         args = eval_linear.parse_args(["run"])
         with mock.patch.object(eval_linear, "load_backbone", lambda *_, **__: (nn.Flatten(), {})):
             eval_linear.draw_neighbours(split, args, options, "neighbours.png")
-    assert gpu.waits == {"draw_neighbours": 2, "extract_features": 2, "image_batches": 3 * 12}
+    assert gpu.waits == {"draw_neighbours": 2, "extract_features": 2, "image_batches": 12}
 
 
 @fake

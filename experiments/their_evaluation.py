@@ -41,7 +41,7 @@ def evaluate(argv):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     for _ in range(args.epochs):
         backbone.train()  # batch norm takes the batch's statistics, and its running ones move
-        for batch, _, images in islice(steps, len(rows) // b):
+        for batch, images, _ in islice(steps, len(rows) // b):
             x, y = clamp.embed(backbone, images, dtype), split.labels[batch]
             optimizer.zero_grad()
             sum(nn.functional.cross_entropy(head(x), y) for head in heads).backward()
