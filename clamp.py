@@ -50,8 +50,9 @@ def balls(z, radius_scale=7.0):
 
         points on the unit sphere: z minus the mean of all embeddings, divided by its length
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points
-        r_i = radius_scale * sqrt(Tr(L_i) / min(m, d)), with min(m, d) as in the authors' code
+        r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
+    min(m, d) is the authors' bound on the number of directions in which the points of i vary.
     float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
@@ -64,14 +65,14 @@ def balls(z, radius_scale=7.0):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. Pairs that do not count have -inf: as in the authors' code, these are
-    centres closer than 1e-3, which includes i = j.
+    for balls that are apart. It is -inf for pairs that do not count. As in the authors' code, these
+    are i = j, and centres closer than 1e-3, which have no clear direction to move apart.
 
-    While r_i + r_j is above max_reach, only the centres have a gradient. To move far apart, they
-    have to become longer. A mean of unit vectors is the longer, the more these agree. So the views
-    of an image come to agree, too."""
+    At first, nearly all r_i + r_j are above max_reach. Then only the centres have a gradient, and
+    are pushed apart. A centre is a mean of unit vectors, so it is longer if these agree, and only
+    long centres can be far apart. So the views of an image come to agree, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)
+    distance = torch.cdist(exact, exact).to(centers.dtype)  # with gradient 0 (not NaN) if i = j
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -81,7 +82,8 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    energy = x.relu().square().sum() / 2  # another potential has to be >= 0, and 0 at -inf
+    # To try another potential, change this line. It has to be >= 0, and 0 for -inf.
+    energy = x.relu().square().sum() / 2
     return (energy + 1e-6).log()
 
 
@@ -97,7 +99,7 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5):
         "radius": radii.mean(),
         "neighbours": neighbours.sum() / len(radii),  # balls that a ball overlaps, on average
         "spread": variance.sqrt(),  # root mean square distance of the centres from their mean
-        # the number of directions in which the centres vary, from 1 to d
+        # (sum of eigenvalues)^2 / sum of squares: the number of directions, from 1 to d
         "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30)}
 
 
@@ -122,7 +124,7 @@ def random_boxes(n, height, width, scale, device):
 
 
 # The next functions compute what torchvision's do, on images x [n, 3, h, w] with values in 0..1.
-# But each image has its own change or sigma [n, 1, 1, 1]. A change or sigma of 0 does nothing.
+# But each image has its own change or sigma [n, 1, 1, 1], and with 0 it stays as it is.
 # torchvision's factors are 1 + change. Only its hue_factor is the change itself.
 
 def brightness(x, change):
@@ -170,7 +172,7 @@ def gaussian_blur(x, sigma, kernel):
 
 def normalize(x):
     """Normalise x [n, 3, h, w] by ImageNet's mean and standard deviation."""
-    red, green, blue = x.unbind(1)  # numbers instead of tensors, which a GPU would have to wait for
+    red, green, blue = x.unbind(1)  # a tensor of constants would have to be copied to the GPU
     return torch.stack([(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225], 1)
 
 
@@ -189,8 +191,8 @@ class MultiViewAugment:
     solarize_p: tuple = (0.0,)
 
     def crop(self, images):
-        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. Or of
-        a single image from a file: [3, H, W] -> [m, 3, size, size]."""
+        """Random crops, uint8 [b, m, 3, size, size], of images uint8 [b, 3, H, W] in memory. Images
+        from files differ in size, so they come one by one: [3, H, W] -> [m, 3, size, size]."""
         if images.ndim == 3:
             crop = v2.RandomResizedCrop(self.size, self.crop_scale)
             return torch.stack([crop(images) for _ in range(self.views)])
@@ -198,9 +200,9 @@ class MultiViewAugment:
         boxes = random_boxes(b * self.views, height, width, self.crop_scale, images.device)
         index = torch.arange(b, device=images.device).repeat_interleave(self.views)
         boxes = torch.cat([index[:, None], boxes], 1)  # [b * m, 5]: first, the index of the image
-        # roi_align resizes bilinearly. Where it shrinks, it averages (sampling_ratio -1).
-        crops = roi_align(images.float(), boxes, self.size, aligned=True).round().byte()
-        return crops.unflatten(0, (b, self.views))
+        # Resizing is bilinear. sampling_ratio=-1 means: where it shrinks, it averages.
+        crops = roi_align(images.float(), boxes, self.size, sampling_ratio=-1, aligned=True)
+        return crops.round().byte().unflatten(0, (b, self.views))
 
     def __call__(self, crops):
         """Crops uint8 [b, m, 3, size, size] -> normalised float32 views [m, b, 3, size, size]."""
@@ -233,7 +235,8 @@ class MultiViewAugment:
 
 
 def build_augment(args, kind=MultiViewAugment):
-    """A MultiViewAugment, or a subclass of it, with the settings args, named as its fields."""
+    """A MultiViewAugment, or a subclass of it, with the settings args, named as its fields. Fields
+    that a subclass adds keep their defaults."""
     return kind(**{f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
 
 
@@ -269,7 +272,7 @@ def start_processes(args):
 def gather(z):
     """z [m, b / world, d] of each process -> [m, b, d]. All processes then compute the same loss,
     but each gets only the gradient that flows through its own part. The whole gradient is their
-    sum. DDP takes their mean, so multiply the loss by the number of processes."""
+    sum. DDP takes their mean, so train() multiplies the loss by the number of processes."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -296,8 +299,8 @@ def build_backbone(arch, stem="imagenet", zero_init=False):
 
 
 def build_network(args):
-    """Backbone and projector (Linear-ReLU-...-Linear): images [n, 3, h, w] -> embeddings [n, d].
-    Only training uses the projector."""
+    """Backbone and projector (Linear-ReLU-...-Linear, no batch norm): images [n, 3, h, w] ->
+    embeddings [n, d]. Only training uses the projector."""
     backbone = build_backbone(args.arch, args.stem, args.zero_init)
     projector = torchvision.ops.MLP(backbone.num_features, args.projector)
     return nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
@@ -333,7 +336,7 @@ class LARS(torch.optim.SGD):
                    if p.ndim > 1 and p.grad is not None]
         grads = [p.grad for p in weights]
         # torch._foreach_* takes all tensors of a list at once.
-        if self.eta:
+        if self.eta:  # before grads change
             w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (weights, grads))
             ratio = self.eta * w_norm / (g_norm + self.weight_decay * w_norm + 1e-8)
             ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1)
@@ -359,23 +362,23 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     loss_fn: z [m, b, d], the embeddings of the images of all processes -> scalar. Parameters of its
         own are not trained.
     network: a module, images [n, 3, size, size] -> [n, d]; its .backbone is saved and evaluated
-    augment: a subclass of MultiViewAugment, not an instance of it
+    augment: a subclass of MultiViewAugment, of which an instance is made with the settings args
     data: a pair, images uint8 [n, 3, H, W] and labels int64 [n], -1 if unknown
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    # Plain types, as in a checkpoint: tuples become lists, paths strings.
+    # Tuples become lists, and paths strings, so that settings equal those in a checkpoint.
     args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
     if data is not None and args.recipe == "patterns":  # parse_args([]) gives this recipe
-        raise UserError("data: the recipe patterns is for drawn textures; name another one, as in "
-                        "parse_args(['--recipe', 'small'])")
+        raise UserError("data: the recipe patterns is too short for other images; name another "
+                        "one, as in parse_args(['--recipe', 'small'])")
     if network is not None and not hasattr(network, "backbone"):
         raise UserError("network: give it a .backbone, which is saved and evaluated")
     device, dtype = start_processes(args)
     rank, world = rank_and_world()
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
-    # What has to stay the same if a run continues. Messages name the keys.
+    # All that has to stay the same if a run continues. The keys stand in error messages.
     settings = vars(args) | {"own": own, "data": "own" if data else args.data}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(dataset.labels)
@@ -386,7 +389,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     if args.batch_size % world or not steps:
         raise UserError(f"--batch-size {args.batch_size}: must be at most {n}, the number of "
                         f"images, and divisible by {world}, the number of processes")
-    agree(settings | {"first epoch": start})  # it is 0 on a node without the run folder's disk
+    # A node that does not see the run folder would start from epoch 0.
+    agree(settings | {"first epoch": start})
 
     torch.manual_seed(args.seed)  # for the weights
     loss_fn = loss_fn or (lambda z: packing_loss(z, args.radius_scale, args.max_reach))
@@ -395,14 +399,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     make_optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                           weight_decay=args.weight_decay, eta=args.eta)
     optimizer = make_optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # before a checkpoint is loaded
+    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has other rates
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     saved = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in saved.items():
         if checkpoint and checkpoint[name]:  # the scaler has no state without fp16
             part.load_state_dict(checkpoint[name])
     if args.compile:
-        network.compile(mode=args.compile)  # network.backbone alone is not compiled
+        network.compile(mode=args.compile)  # not the read-out, which calls network.backbone
     # model is what is trained, network what is saved and evaluated.
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
@@ -415,7 +419,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"{'continuing' if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
-            save(out, log, settings, 0, saved)  # its settings refuse commands with others
+            save(out, log, settings, 0, saved)  # from now on, other settings are refused
     # The row numbers and then the crops of each step, in the order of the loops below.
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed, rank, world)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
@@ -428,7 +432,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         for k in range(steps):
             step = epoch * steps + k
             crops = next(stream)  # [b / world, m, 3, size, size]
-            torch.manual_seed(seed_of(args.seed, step, rank))  # next() has set it, too
+            torch.manual_seed(seed_of(args.seed, step, rank))  # next() has set other seeds
             views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
@@ -444,13 +448,14 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             if step == 0 and rank == 0:
                 few = views[:8, :8].transpose(0, 1)  # [images, views, 3, size, size]
                 save_image(few.flatten(0, 1), out / "views.png", nrow=few.shape[1], normalize=True)
-            # Not at every step, because a GPU has to wait. At the last, so that no NaN is saved.
+            # Reading numbers makes a GPU wait, so it is done at some 20 steps. The last is one of
+            # them, because no NaN may be saved.
             if k % math.ceil(steps / 20) == 0 or k + 1 == steps:
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        dataset.unreadable = set().union(*from_all(dataset.unreadable))
+        dataset.unreadable = set().union(*from_all(dataset.unreadable))  # every process takes part
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
@@ -467,7 +472,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     bar.close()
     if dist.is_initialized():
         dist.barrier()  # whichever process reads the files next, they are complete
-    if rank == 0 and "network" not in own and "data" not in own:  # flags can describe both
+    # The command line of eval_linear.py knows only networks and data that flags describe.
+    if rank == 0 and "network" not in own and "data" not in own:
         print(f"finished; next: python eval_linear.py {out}")
 
 
@@ -492,8 +498,8 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ, but for those that do not change results. (recipe and amp
-    stand for other settings, which are compared.)"""
+    """The names of settings that differ, without those that do not change results. Nor are recipe
+    and amp compared, but the flags that a recipe sets, and the precision that amp leads to."""
     names = (settings.keys() | others.keys()) - {"out", "device", "workers", "recipe", "amp"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -518,9 +524,9 @@ def load_checkpoint(out, settings):
     """The checkpoint in the folder out, or None for a new run. Raises UserError if it cannot be
     continued with these settings."""
     path = Path(out, "checkpoint.pt")
-    if not path.exists() and not Path(out, "backbone.pt").exists():  # neither may be overwritten
+    if not path.exists() and not Path(out, "backbone.pt").exists():
         return None
-    try:
+    try:  # with a backbone.pt alone, this fails, so that it is not overwritten
         checkpoint = torch.load(path, "cpu", weights_only=True)
         changed = differences(settings, checkpoint["settings"])
     except Exception:  # torch.load raises many types
@@ -548,13 +554,14 @@ def write(content, path):
         raise UserError(f"{path}: cannot be written ({error}); is the disk full?")
 
 
-def save(out, log, settings, epoch, parts):
+def save(out, log, settings, epoch, saved):
     """Write log.jsonl, backbone.pt and checkpoint.pt. A run continues from checkpoint.pt alone,
-    which has the log, too. It is replaced last, and whole, in case the process is killed."""
+    which has the log, too. In case the process is killed, checkpoint.pt is replaced last and whole.
+    saved: the network, the optimizer and the scaler by their names"""
     state = {"epoch": epoch, "settings": settings}
-    backbone = parts["network"].backbone.state_dict()
+    backbone = saved["network"].backbone.state_dict()
     write(state | {"backbone": backbone}, out / "backbone.part")
-    states = {name: part.state_dict() for name, part in parts.items()}
+    states = {name: part.state_dict() for name, part in saved.items()}
     write(state | {"log": log} | states, out / "checkpoint.part")
     (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     os.replace(out / "backbone.part", out / "backbone.pt")
@@ -565,7 +572,8 @@ def save(out, log, settings, epoch, parts):
 
 def center_crop(images, size):
     """Crop the central square, 7/8 of the shorter side, of images uint8 [..., 3, H, W], and resize
-    it to [..., 3, size, size]. Images that have this size already stay as they are."""
+    it to [..., 3, size, size]. Images of this size stay as they are: those of CIFAR and patterns,
+    and those that have been cropped before."""
     if images.shape[-2:] == (size, size):
         return images
     side = max(1, round(min(images.shape[-2:]) * 7 / 8))
@@ -574,12 +582,12 @@ def center_crop(images, size):
 
 @torch.no_grad()
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
-    """Features float32 [n, f] of the images `rows` [n], by a backbone in eval mode."""
+    """Features float32 [n, f] of the images `rows` [n]. The backbone has to be in eval mode."""
     crop, batches = partial(center_crop, size=size), rows.split(256)
     stream = image_batches(data, enumerate(batches), crop, device, workers)
     bar = progress(stream, "features", len(batches), leave=False)
     parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
-    return torch.cat(parts).to(device)  # on a GPU, cat() would need the memory twice
+    return torch.cat(parts).to(device)  # joined on the CPU, to save memory of a GPU
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20):
@@ -720,11 +728,11 @@ def walk_images(path):
     """For each folder below path: the names of the folders that lead to it, and its image files.
     Hidden names, __MACOSX and run folders are left out."""
     def fail(error):
-        if not isinstance(error, FileNotFoundError):  # a missing folder has no images
+        if not isinstance(error, FileNotFoundError):  # list_images() says what is missing
             raise error
 
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
-        # A link to a folder above would be walked again and again.
+        # Without this, a link to a folder above would be walked again and again.
         if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
             folders.clear()
             continue
@@ -740,7 +748,8 @@ def list_images(path, split):
     path, or below path/train, path/test or path/val.
     Training images: all in train/, or without train/ all that are not in test/ or val/.
     Test images: all with a class in test/, or if there are none, in val/."""
-    parts = {"train": [], "test": [], "val": [], "": []}  # lists of (file, class)
+    # Lists of (file, class). The last is for all other folders.
+    parts = {"train": [], "test": [], "val": [], "": []}
     for folders, files in walk_images(path):
         part = SPLITS.get(folders[0].lower(), "") if folders else ""
         if part:
@@ -751,17 +760,19 @@ def list_images(path, split):
     def labelled(part):
         return [(file, label) for file, label in parts[part] if label]
 
+    # A folder that is called train or valid may be a class, too, as valid/ beside invalid/.
     if labelled("") and not labelled("train"):
         for part in parts:
-            if parts[part] and not labelled(part):  # of trains, or valid/ beside invalid/?
+            if parts[part] and not labelled(part):
                 raise UserError(f"--data {path}: {part}/ has no class folders, but there are some "
                                 "beside it; rename it if it is a class, or move it")
-    train, test = parts["train"] or parts[""], labelled("test") or labelled("val")
+    train = parts["train"] or parts[""]
+    test = labelled("test") or labelled("val")
     if not train:
         raise UserError(f"--data {path}: no images there; give {', '.join(DATASETS)}, or a folder "
                         "of images, of <class>/, or of train/<class>/ and test/<class>/")
     classes = sorted({label for _, label in train if label})
-    if len(classes) < 2:  # a single folder is no class: no labels, no test set
+    if len(classes) < 2:  # a single folder is no class: no labels, and nothing to test
         classes, test = [], []
     numbers = {label: k for k, label in enumerate(classes)}
     unknown = {label for _, label in test} - numbers.keys()
@@ -793,20 +804,21 @@ def read_image(file, size=None):
 
 
 def keep_in_memory(data):
-    """Read all files now, if they need at most 4 GB, and most images in a sample have the same size
-    of at most 256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
+    """Read all files now, if they need at most 4 GB, and 80 % of a sample have the same size of at
+    most 256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
     n = len(data.files)
-    files = data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]
-    sample, problems = zip(*map(read_image, files))
-    sizes = Counter(image.shape[1:] for image in sample if image is not None)
+    sample = data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]
+    images, problems = zip(*map(read_image, sample))
+    sizes = Counter(image.shape[1:] for image in images if image is not None)
     if not sizes:
         raise UserError(problems[0])
     (height, width), count = sizes.most_common(1)[0]
-    if max(height, width) > 256 or 3 * height * width * n > 2**32 or count < 0.8 * len(sample):
+    small = max(height, width) <= 256 and 3 * height * width * n <= 2**32
+    if not small or count < 0.8 * len(sample):
         return data
     images, problems = zip(*(read_image(file, (width, height))
                              for file in progress(data.files, "reading", leave=False)))
-    if rank_and_world()[0] == 0:  # every process has read all files
+    if rank_and_world()[0] == 0:  # every process has the same problems
         data.report(problem for problem in problems if problem)
     data = data.select(torch.tensor([k for k in range(n) if images[k] is not None]))
     data.images = torch.stack([image for image in images if image is not None])
@@ -815,14 +827,13 @@ def keep_in_memory(data):
 
 def seed_of(*integers):
     """A seed that follows from some integers, the same in every process and run."""
-    return random.Random(str(integers)).getrandbits(63)
+    return random.Random(str(integers)).getrandbits(63)  # it hashes the text by SHA-512
 
 
 def draw_batches(n, batch_size, epochs, seed, rank=0, world=1):
-    """Yields (step, rows) for all steps of these epochs of n images: the number of the step, and
-    the rows of its images in the data [batch_size / world]. The rows are those of the process
-    `rank` of `world`: the same batch as for a single process, cut into `world` parts. An incomplete
-    last batch of an epoch is left out."""
+    """Yields (step, rows) for each step of these epochs of n images. rows [batch_size / world] are
+    row numbers of images: the part of the batch that the process `rank` of `world` takes. All
+    processes draw the same batches. An incomplete last batch of an epoch is left out."""
     steps = n // batch_size
     for epoch in epochs:
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
@@ -845,8 +856,8 @@ def read_or_next(files, row):
 
 class Crops(torch.utils.data.Dataset):
     """dataset[step, rows] returns (crops, problems): crop(images) for the images in `rows`, a list,
-    and error messages. In place of a file that cannot be read, the next one is taken. (It gets the
-    label of the first. Only the k-NN read-out may use that.)
+    and error messages. In place of a file that cannot be read, the next one is taken, but with the
+    label of the former. (Training does not use labels, and the evaluation refuses such files.)
 
     Random crops follow from seed, step and rows alone. So a run can be continued, with any number
     of loader workers."""
@@ -875,17 +886,17 @@ def image_batches(data, batches, crop, device, workers=0, seed=0):
     from_files = data.images is None
     loader = torch.utils.data.DataLoader(
         Crops(data, crop, seed), sampler=((step, rows.tolist()) for step, rows in batches),
-        batch_size=None,  # an item of the sampler goes to Crops as it is
+        batch_size=None,  # each item of the sampler is an index into Crops, and makes a batch
         num_workers=workers if from_files else 0, pin_memory=from_files and device.type == "cuda")
     for crops, problems in loader:
         data.report(problems)
-        # From a GPU to the CPU, a non-blocking copy might be read too early.
+        # From a GPU to the CPU, for pick_readout(), a non-blocking copy might be read too early.
         yield crops.to(device, non_blocking=device.type == "cuda")
 
 
 # -------- settings
-# The recipes patterns, small and photos are ours, the others are published. The data sets photos,
-# imagenet100 and imagenet stand for folders, which --data replaces. lr is for 256 images a batch.
+# The recipes patterns, small and photos are ours, the others are published. lr is for 256 images a
+# batch. The data photos, imagenet100 and imagenet are folders. --data replaces them.
 
 SMALL = dict(
     data="cifar10", radius_scale=7.0, max_reach=1.2,  # better than the authors' 1.5 with two views
@@ -939,7 +950,8 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train CLAMP. Defaults stand in brackets. The recipe sets the other flags.",
         epilog="\n".join(f"recipe {name}: {settings}" for name, settings in RECIPES.items()))
-    add, share = parser.add_argument, within(float, 0, 1)
+    add = parser.add_argument
+    share = within(float, 0, 1)
     add("--recipe", choices=RECIPES, help="(chosen by --data)")
     add("--data", type=data_name, help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--limit", type=within(int, 1), default=None,
@@ -973,11 +985,11 @@ def parse_args(argv=None):
     add_machine_flags(parser)
 
     given = vars(parser.parse_args(argv))
-    by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
-    recipe = by_data.get(given.get("data", "patterns"), "photos")
-    recipe = given.get("recipe", recipe)
-    # A recipe sets only flags that have no default.
-    args = argparse.Namespace(**RECIPES[recipe] | given | {"recipe": recipe})
+    if "recipe" not in given:
+        by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
+        given["recipe"] = by_data.get(given.get("data", "patterns"), "photos")
+    # given has the defaults, too, so a recipe may set only flags that have none.
+    args = argparse.Namespace(**RECIPES[given["recipe"]] | given)
     args.data = data_name(args.data)  # the folder of a recipe, too, becomes a whole path
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale = sorted(args.crop_scale)

@@ -9,9 +9,10 @@
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
-The probe is a linear classifier on standardised features of the frozen backbone. A held-out tenth
-of the training images picks its learning rate. Then it is trained on all of them, and tested once.
-The result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
+The probe is a linear classifier on standardised features of the frozen backbone. Its learning rate
+is chosen on a tenth of the training images, which is held out for this. Then the probe is trained
+on all of them, and tested once. (Without a test set, a fifth of them is held out as one.) The
+result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
 backbone finds alike. For images without labels, there is only this picture, and features.pt: the
 names of all training images and their features.
 """
@@ -58,18 +59,18 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
         if backbone is None:
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
         trained = copy.deepcopy(backbone)
-        trained.load_state_dict(saved["backbone"])
-    except Exception:  # torch.load raises many types
+        trained.load_state_dict(saved["backbone"])  # in any case, to see whether they fit
+    except Exception:  # damaged files and weights that do not fit raise many types
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
                               "folder or a backbone.pt, or pass evaluate() a backbone")
     return (trained if pretrained else backbone).eval(), saved
 
 
 def choose_rows(data, rows, labels):
-    """Those of the rows [n] whose labels are used. rows are in random order, and stay so.
-    labels: None for all; a fraction of each class, of one image at least; or a text file with names
+    """Returns the part of rows [n] whose labels are used. rows are in random order, and stay so.
+    labels: None for all; a fraction, for the first images of each class; or a text file with names
     of image files, separated by white space, such as SimCLR's lists of ImageNet."""
-    if labels is None or not len(rows):  # evaluate() deals with images without labels
+    if labels is None or not len(rows):  # no rows: no image has a label
         return rows
     if isinstance(labels, float):
         of_row, kept = data.labels[rows], []
@@ -77,27 +78,28 @@ def choose_rows(data, rows, labels):
             places = (of_row == label).nonzero()[:, 0]
             kept.append(places[:max(1, round(labels * len(places)))])
         return rows[torch.cat(kept).sort().values]  # sorted: in the order of rows
-    names = set(Path(labels).read_text(errors="surrogateescape").split())  # as in file names
+    names = set(Path(labels).read_text(errors="surrogateescape").split())  # as os.walk()
     files = [] if data.files is None else [Path(file).name for file in data.files[rows.numpy()]]
     kept = [k for k, file in enumerate(files) if file in names]
-    if not names or sorted(files[k] for k in kept) != sorted(names):
+    if not names or sorted(files[k] for k in kept) != sorted(names):  # missing, or there twice
         raise clamp.UserError(f"--labels {labels}: {len(names)} names fit {len(kept)} training "
                               "files (without a held-out fifth); each has to fit one")
     return rows[kept]
 
 
 def extract(network, data, rows, options):
-    """The network's outputs [n, f] for the images `rows` [n]. Each process computes a share.
+    """The network's outputs, float32 [n, f] on the device, without gradients, for the images `rows`
+    [n]. Each process computes a share.
     options: size, device, dtype and workers, as clamp.extract_features takes them."""
     rank, world = clamp.rank_and_world()
     share = math.ceil(len(rows) / world)
-    # All shares need the same length, so the last ones go on with the first rows.
+    # All shares need the same length. Beyond the last row, they go on with the first ones.
     places = torch.arange(rank * share, (rank + 1) * share) % len(rows)
     part = clamp.extract_features(network, data, rows[places], **options)
     if world == 1:
         return part
     features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)  # takes half the memory of clamp.gather()
+    dist.all_gather_into_tensor(features, part)  # clamp.gather() would hold them twice
     return features[:len(rows)]
 
 
@@ -107,34 +109,35 @@ def make_split(data, rows, backbone, options):
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """Random crops by crop(), while images are loaded. A call of the instance flips at random, and
-    leaves the colours."""
+    """MultiViewAugment without changes of colour: crop() crops while images are loaded, and a call
+    of the instance flips the crops."""
 
     def photometric(self, x):
         return x
 
 
 def training_steps(split, args, options, augmented):
-    """Yields for each step
-    batch: the images of the batch, as places [b] in the split
-    images: if augmented, the images of this process's part of the batch, which is
-        batch.chunk(world)[rank], cropped and flipped at random [b / world, 3, size, size]
-    scale: the factor on the learning rate"""
+    """Yields (batch, images, scale) for each step of all epochs.
+    batch: places [b] in the split, the same in all processes
+    images: None, or if augmented, those of this process's part, batch.chunk(world)[rank], cropped
+        and flipped at random [b / world, 3, size, size]
+    scale: the factor of a cosine schedule on the learning rate"""
     rank, world = clamp.rank_and_world()
     n = len(split.rows)
     total = args.epochs * (n // args.batch_size)
+    # Each call of draw() yields the same batches: (step, places).
     draw = partial(clamp.draw_batches, n, args.batch_size, range(args.epochs), args.seed)
     if augmented:
         augment = CropAndFlip(options["size"], views=1)
         parts = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
-        stream = clamp.image_batches(split.data, parts, augment.crop, options["device"],
-                                     options["workers"], args.seed)
+        crops_of_parts = clamp.image_batches(split.data, parts, augment.crop, options["device"],
+                                             options["workers"], args.seed)
     for step, batch in clamp.progress(draw(), "training", total, leave=False):
         images = None
         if augmented:
-            crops = next(stream)
+            crops = next(crops_of_parts)
             torch.manual_seed(clamp.seed_of(args.seed, step, rank))  # for the flips
-            images, = augment(crops)  # of one view
+            images = augment(crops)[0]  # the only view
         yield batch, images, clamp.lr_scale(step, warmup=0, total=total)
 
 
@@ -143,10 +146,10 @@ def probe(train, test, rates, classes, backbone, args, options):
     a cosine schedule. Their weights start from 0. Returns logits of test [rates, n, classes].
 
     Every process trains the same classifiers on whole batches, so gradients need not be exchanged.
-    With --augment, each computes the features of its part of the batch, and gathers the others."""
+    With --augment, each computes the features of its part of the batch, and gets the others'."""
     device = options["device"]
-    mean, std = train.features.mean(0), train.features.std(0)  # with --augment, too
-    std = std.clamp(min=0.01 * std.mean().item())  # for constant features
+    mean, std = train.features.mean(0), train.features.std(0)  # without augmentation
+    std = std.clamp(min=0.01 * std.mean().item())  # a feature may be constant
     heads = nn.Linear(len(mean), len(rates) * classes, device=device)  # all side by side
     nn.init.zeros_(heads.weight), nn.init.zeros_(heads.bias)
     optimizer = torch.optim.SGD(heads.parameters(), lr=0, momentum=0.9)  # each step sets lr
@@ -159,12 +162,12 @@ def probe(train, test, rates, classes, backbone, args, options):
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, images, options["dtype"])  # [b / world, f]
-                x, = clamp.gather(x[None])  # [b, f]; gather() takes [views, b / world, f]
+                x = clamp.gather(x[None])[0]  # [b, f] in the order of batch; it takes [m, b, d]
         else:
             x = train.features[batch]
         y, z = train.labels[batch], logits(x)
-        # Without weight decay, SGD with momentum is linear in the gradients. So each classifier can
-        # have its rate as a factor on its loss. The optimiser's rate is the schedule.
+        # Each classifier has its rate as a factor on its loss. Its steps are the same as if the
+        # optimiser had the factor, because they are linear in the gradients (no weight decay).
         losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -176,21 +179,23 @@ def probe(train, test, rates, classes, backbone, args, options):
 
 def finetune(train, test, rates, classes, backbone, args, options):
     """For one learning rate after the other, train a classifier and a copy of the backbone on
-    augmented images. The backbone has 0.05 of the classifier's rate (arXiv 2506.13717). Returns
-    logits of test [rates, n, classes]."""
+    augmented images, without standardising features. The backbone has 0.05 of the classifier's
+    rate, as in arXiv 2506.13717. Returns logits of test [rates, n, classes]."""
     (rank, world), device, dtype = clamp.rank_and_world(), options["device"], options["dtype"]
     logits = []
     for rate in rates:
         torch.manual_seed(args.seed)  # the same start for all rates
-        head = nn.Linear(train.features.shape[1], classes)  # with zeros, the backbone would wait
+        # Not from 0: the backbone would have no gradient in the first step.
+        head = nn.Linear(train.features.shape[1], classes)
         network = nn.Sequential(copy.deepcopy(backbone), head)
-        network = clamp.place(network, device).train()  # synchronises batch norm on several GPUs
+        network = clamp.place(network, device)  # on several GPUs, it synchronises batch norm
+        network.train()
         model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
         optimizer = torch.optim.SGD([{"params": network[0].parameters()},
                                      {"params": network[1].parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         for batch, images, scale in training_steps(train, args, options, augmented=True):
-            part = batch.chunk(world)[rank].to(device, non_blocking=True)
+            part = batch.chunk(world)[rank].to(device, non_blocking=True)  # places of images
             z = clamp.embed(model, images, dtype)  # [b / world, classes]
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(z, train.labels[part])).backward()
@@ -198,15 +203,15 @@ def finetune(train, test, rates, classes, backbone, args, options):
             optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, each process has its own statistics of batch norm. So evaluate `model`, not
-        # `network`: before it computes, DistributedDataParallel copies the first process's to all.
+        # On CPUs, the processes have different statistics of batch norm. So `model` is evaluated:
+        # DistributedDataParallel first copies the statistics of process 0 to all.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. Logits that are NaN, because the learning rate is too large, count as
-    equal."""
+    """Top-k accuracy in %. NaN counts as 0. So if the learning rate is too large, and all logits
+    are NaN, the accuracy is that of chance."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
@@ -219,27 +224,28 @@ def draw_neighbours(split, args, options, path):
     untrained = load_backbone(args.run, pretrained=False, seed=args.seed)[0].to(options["device"])
     some = slice(None, None, math.ceil(len(split.rows) / 5000))  # at most 5,000, to be quick
     rows, features = split.rows[some], split.features[some]
+    # Not by extract(), which needs all processes.
     untrained_features = clamp.extract_features(untrained, split.data, rows, **options)
     shown = torch.linspace(0, len(rows) - 1, min(12, len(rows))).long()
-    columns = [rows[shown][:, None]]  # rows of data, [12, 1], then twice [12, 8]
+    columns = [rows[shown][:, None]]  # [12, 1] of rows, then twice [12, 8], a line for each image
     for x in (features, untrained_features):
         x = F.normalize(x).cpu()
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
         columns.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
-    crop = partial(clamp.center_crop, size=64)
-    lines = clamp.image_batches(split.data, enumerate(torch.cat(columns, 1)), crop,
-                                torch.device("cpu"))  # of each line, uint8 [17, 3, 64, 64]
-    white = torch.full((1, 3, 64, 64), 255)
-    lines = [torch.cat([x[:1], white, x[1:len(x) // 2 + 1], white, x[len(x) // 2 + 1:]])
-             for x in lines]
-    save_image(torch.cat(lines) / 255, path, nrow=len(lines[0]))  # nrow: images in a line
+    crop, white = partial(clamp.center_crop, size=64), torch.full((1, 3, 64, 64), 255)
+    tiles = []
+    for line in clamp.image_batches(split.data, enumerate(torch.cat(columns, 1)), crop,
+                                    torch.device("cpu")):  # uint8 [17, 3, 64, 64]
+        image, near, near_untrained = line.split([1, len(line) // 2, len(line) // 2])
+        tiles += [image, white, near, white, near_untrained]
+    save_image(torch.cat(tiles) / 255, path, nrow=len(line) + 2)  # images in a line
     print(f"{path}: images, their nearest by the features, and by those of an untrained network")
 
 
 def choose_images(name, args, own=None):
-    """(data, rows) to train on, rows in random order, and (data, rows) to test on. Images without
-    labels, which have -1, are left out."""
+    """Returns (data, rows) to train on, rows in random order, and (data, rows) to test on. Images
+    of unknown class, whose label is -1, are left out."""
     own_train, own_test = own or (None, None)
     train = clamp.load_data(name, "train", limit=args.limit, seed=args.seed, own=own_train)
     test = clamp.load_data(name, "test", own=own_test)  # empty if there is no test set
@@ -254,7 +260,8 @@ def choose_images(name, args, own=None):
 
 
 def check_readable(*data):
-    """Raise UserError if images could not be read. (The loader has taken other images instead.)"""
+    """Raise UserError if images could not be read. (The loader has put other images in their place,
+    so their features are wrong.)"""
     here = set().union(*(x.unreadable for x in data))
     unreadable = set().union(*clamp.from_all(here))  # from all processes
     if unreadable:
@@ -289,14 +296,14 @@ def evaluate(args, backbone=None, data=None):
     options = dict(size=settings["size"], device=device, dtype=dtype, workers=args.workers)
     folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
     name = "own" if data else (args.data or settings["data"])
-    if name == "own" and not data:  # as the run had it
+    if data is None and name == "own":  # the run's data were passed to clamp.train
         raise clamp.UserError(f"{args.run} was trained on images from memory; name other --data, "
                               "or pass evaluate() data")
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
-    held_out_fifth = test_data is train_data
-    for images in (train_data, test_data):
-        images.to(device)
+    has_test_set = test_data is not train_data
+    train_data.to(device)
+    test_data.to(device)
     if len(rows):
         tenth = math.ceil(len(rows) / 10)  # held out to choose the learning rate
         if args.batch_size % world or args.batch_size > len(rows) - tenth:
@@ -310,7 +317,8 @@ def evaluate(args, backbone=None, data=None):
         raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
     else:
         test = export_features(train_data, backbone, options, folder)
-    if rank == 0 and built_here and not args.random_init:  # others lack an untrained network
+    # For a backbone of your own, there is no untrained one to compare with.
+    if rank == 0 and built_here and not args.random_init:
         draw_neighbours(test, args, options, folder / "neighbours.png")
     if not len(rows):
         return None
@@ -318,12 +326,12 @@ def evaluate(args, backbone=None, data=None):
     # fit(train, test, rates) returns logits of test [rates, n, classes].
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
-    held_out = train.part(0, tenth)
+    held_out = train.part(0, tenth)  # in random order
     logits_of_rates = fit(train.part(tenth), held_out, args.lr)
     sweep = [accuracy(logits, held_out.labels) for logits in logits_of_rates]
     lr = args.lr[sweep.index(max(sweep))]
     logits, = fit(train, test, [lr])
-    knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels)
+    knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels, k=20)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
               "n_train": len(rows), "n_test": len(test_rows), "data": name,
@@ -331,9 +339,9 @@ def evaluate(args, backbone=None, data=None):
     if rank == 0:
         if built_here and "network" in settings.get("own", []):
             print(f"The run had a network of its own. Its weights fit {settings['arch']} with the "
-                  f"{settings['stem']} stem. If it is another one, pass evaluate() a backbone.")
+                  f"{settings['stem']} stem. If that is not its backbone, pass evaluate() one.")
         print("backbone after {epoch} of {epochs} epochs".format(**result))
-        if held_out_fifth:
+        if not has_test_set:
             print(f"no test set: {len(test_rows)} images are held out. If the backbone was trained "
                   "on this folder, it has seen them, without labels.")
         print("learning rate    " + "".join(f"{rate:8g}" for rate in args.lr))
@@ -354,7 +362,7 @@ def parse_args(argv=None):
     def fraction_or_file(text):
         try:
             return text if Path(text).is_file() else within(float, 1e-6, 1)(text)
-        except ValueError:
+        except ValueError:  # not a number; for others, within() has its own message
             raise argparse.ArgumentTypeError(f"{text}: no such file, and not a fraction")
 
     parser = argparse.ArgumentParser(
@@ -362,12 +370,12 @@ def parse_args(argv=None):
         description="Evaluate a backbone. Defaults stand in brackets.")
     add = parser.add_argument
     add("run", help="run folder of clamp.py, or a backbone.pt")
-    add("--data", type=clamp.data_name, help="data set or folder (the run's)")
+    add("--data", type=clamp.data_name, help="data set or folder (that of the run)")
     add("--limit", type=within(int, 1), help="train on this many random images (all)")
     add("--labels", type=fraction_or_file, help="fraction of the labels, or file of names (all)")
     add("--random-init", action="store_true", help="an untrained backbone: the floor")
     add("--augment", action="store_true", help="train the probe on random crops and flips")
-    add("--finetune", action="store_true", help="train the backbone too, with --augment")
+    add("--finetune", action="store_true", help="train the backbone too, on crops and flips")
     add("--lr", type=within(float, 0), nargs="+",
         help="learning rates to try (.001 .003 .01 .03 .1 .3; --finetune: .1 .2 .4 .6 .8)")
     add("--epochs", type=within(int, 1), help="of the classifier (100; --finetune: 20)")
