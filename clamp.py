@@ -141,19 +141,19 @@ def saturation(x, change):
 
 
 def hue(x, change):
-    """Shift the hue by `change` turns of the colour circle: from RGB to HSV and back."""
+    """Turn the hue by `change` of the colour circle: from RGB to HSV and back."""
     red, green, blue = x.unbind(1)  # [n, h, w] each
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    safe = chroma.clamp(min=1e-8)  # grey stays grey
     # The angle is in sixths of a turn: red is at 0, green at 2, blue at 4.
-    angle = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    angle = torch.where(value == red, (green - blue) / safe, angle)
-    angle = angle + 6 * change[:, 0]  # change[:, 0] is [n, 1, 1]
-
-    def channel(offset):  # value - chroma * max(0, min(k, 4 - k, 1)): Wikipedia, "HSL and HSV"
-        k = (offset + angle) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-    return torch.stack([channel(5), channel(3), channel(1)], 1)  # red, green, blue
+    angle = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    angle = torch.where(high == red, (green - blue) / safe, angle)
+    angle = (angle + 6 * change[:, 0]) % 6  # change[:, 0] is [n, 1, 1]
+    # The purest colour of this angle: its least channel is 0, its greatest 1.
+    red, green, blue = (angle - 3).abs() - 1, 2 - (angle - 2).abs(), 2 - (angle - 4).abs()
+    pure = torch.stack([red, green, blue], 1).clamp(0, 1)
+    return low[:, None] + chroma[:, None] * pure
 
 
 def gaussian_blur(x, sigma, kernel):
@@ -231,7 +231,8 @@ class MultiViewAugment:
         x = torch.where(self.chance(x, self.gray_p), v2.functional.rgb_to_grayscale(x), x)
         sigma = torch.where(self.chance(x, *self.blur_p), self.uniform(x, 0.1, 2.0), 0)
         x = gaussian_blur(x, sigma, 2 * (self.size // 20) + 1)  # 3 taps at 32 px, 23 at 224
-        return torch.where(self.chance(x, *self.solarize_p) & (x >= 0.5), 1 - x, x)
+        solarized = torch.minimum(x, 1 - x)  # 1 - x from 0.5 on
+        return torch.where(self.chance(x, *self.solarize_p), solarized, x)
 
 
 def build_augment(args, kind=MultiViewAugment):
