@@ -14,6 +14,7 @@ checkpoint.pt (the same command continues from it) and backbone.pt (for eval_lin
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -368,8 +369,9 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    # Tuples become lists, and paths strings, so that settings equal those in a checkpoint.
-    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))
+    # Plain types, so that settings equal those in a checkpoint. tolist() is for numpy and torch.
+    plain = json.dumps(vars(args), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    args = argparse.Namespace(**json.loads(plain))
     if data is not None and args.recipe == "patterns":  # parse_args([]) gives this recipe
         raise UserError("data: the recipe patterns is too short for other images; name another "
                         "one, as in parse_args(['--recipe', 'small'])")
@@ -380,7 +382,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
     # All that has to stay the same if a run continues. The keys stand in error messages.
-    settings = vars(args) | {"own": own, "data": "own" if data else args.data}
+    settings = vars(args) | {"own": own, "data": args.data if data is None else "own"}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(dataset.labels)
     settings |= {"number of images": n, "precision": str(dtype)}
@@ -425,7 +427,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed, rank, world)
     # One stream of crops serves all epochs, because it takes seconds to start loader workers.
     stream = image_batches(dataset, batches, augment.crop, device, args.workers, args.seed)
-    warmup, total = round(args.warmup_epochs * steps), args.epochs * steps
+    warmup = round(min(args.warmup_epochs, args.epochs / 3) * steps)
+    total = args.epochs * steps
     bar = progress(total=total, initial=start * steps, unit="step")
     for epoch in range(start, args.epochs):
         began, readings = time.time(), []
@@ -690,10 +693,15 @@ def draw_patterns(n, seed):
 def load_data(name, split, limit=None, seed=0, own=None):
     """The "train" or "test" images of one of DATASETS or of a folder. Without test images, the Data
     is empty. limit: keep this many, chosen at random. own: a pair (images, labels)."""
-    if own is not None:
-        images, labels = own
-        if ((images.dtype, labels.dtype) != (torch.uint8, torch.int64) or images.ndim != 4
-                or images.shape[1] != 3 or labels.shape != images.shape[:1]):
+    if own is not None or name == "own":
+        try:
+            images, labels = own
+            n, channels, _, _ = images.shape
+            fits = (channels == 3 and labels.shape == (n,)
+                    and (images.dtype, labels.dtype) == (torch.uint8, torch.int64))
+        except (AttributeError, TypeError, ValueError):
+            fits = False
+        if not fits:
             raise UserError("data: give a pair of tensors, images uint8 [n, 3, H, W] and labels "
                             "int64 [n]")
         data = Data(images, labels)
@@ -940,7 +948,7 @@ def data_name(text):
     """A flag's type: one of DATASETS, or a folder, as a whole path."""
     if not text:
         raise argparse.ArgumentTypeError(f"give a folder, or {', '.join(DATASETS)}")
-    return text if text in DATASETS else str(Path(text).resolve())
+    return text if text in DATASETS else os.path.abspath(text)
 
 
 def parse_args(argv=None):
@@ -990,12 +998,11 @@ def parse_args(argv=None):
         by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
         given["recipe"] = by_data.get(given.get("data", "patterns"), "photos")
     # given has the defaults, too, so a recipe may set only flags that have none.
-    args = argparse.Namespace(**RECIPES[given["recipe"]] | given)
+    args = argparse.Namespace(**copy.deepcopy(RECIPES[given["recipe"]]) | given)
     args.data = data_name(args.data)  # the folder of a recipe, too, becomes a whole path
-    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 3)
     args.crop_scale = sorted(args.crop_scale)
     args.out = args.out or f"runs/{Path(args.data).name}"
-    if Path(args.out).resolve() == Path(args.data):
+    if Path(args.out).resolve() == Path(args.data).resolve():
         parser.error("--out: give another folder than --data")
     return args
 

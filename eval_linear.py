@@ -51,7 +51,8 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
     """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
     holds: backbone (the weights), epoch and settings. Raises UserError if the weights do not fit.
     backbone: a module of your own. A copy of it gets the weights.
-    pretrained: if False, weights are random by the seed, or those of your own module."""
+    pretrained: if False, weights are random by the seed (without zero_init, which makes untrained
+        features worse), or those of your own module."""
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,9 +61,10 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
         trained = copy.deepcopy(backbone)
         trained.load_state_dict(saved["backbone"])  # in any case, to see whether they fit
-    except Exception:  # damaged files and weights that do not fit raise many types
-        raise clamp.UserError(f"{path}: missing, damaged, or of another backbone; name a run "
-                              "folder or a backbone.pt, or pass evaluate() a backbone")
+    except Exception as error:  # damaged files and weights that do not fit raise many types
+        raise clamp.UserError(f"{path}: missing, damaged, or of another backbone "
+                              f"({type(error).__name__}); name a run folder or a backbone.pt, or "
+                              "pass evaluate() the run's backbone")
     return (trained if pretrained else backbone).eval(), saved
 
 
@@ -313,8 +315,9 @@ def evaluate(args, backbone=None, data=None):
         train = make_split(train_data, rows, backbone, options)
         test = make_split(test_data, test_rows, backbone, options)
         check_readable(train_data, test_data)
-    elif args.random_init:
-        raise clamp.UserError("--random-init: the images have no labels to measure a floor by")
+    elif args.random_init or args.labels or args.augment or args.finetune:
+        raise clamp.UserError("the images have no labels, which --random-init, --labels, --augment "
+                              "and --finetune need")
     else:
         test = export_features(train_data, backbone, options, folder)
     # For a backbone of your own, there is no untrained one to compare with.

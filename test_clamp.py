@@ -494,7 +494,8 @@ def test_without_labels_features_and_neighbours_are_written(tmp_path):
         near = [F.cosine_similarity(x, x[[image]]).argsort(descending=True)[1:9].view(8, 1).tolist()
                 for x in (features, others)]
         assert shown == [[], *near[0], [], *near[1]]  # after white tiles
-    refused("no labels to measure a floor by", evaluate, run, "--random-init")
+    for flags in (["--random-init"], ["--labels", "0.1"], ["--augment"], ["--finetune"]):
+        refused("the images have no labels", evaluate, run, *flags)
     assert tiles.shape[1:3] == (12, 19) and (run / "neighbours.png").read_bytes() == picture
 
 
@@ -655,7 +656,7 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     images, labels = torch.full((80, 3, 32, 32), 40, dtype=torch.uint8), torch.arange(80) % 2
     images[torch.arange(80), 2 * labels] = 200
     network, args = tiny_network(), clamp.parse_args([*TINY, "--recipe", "small", "--limit", "70"])
-    args.out, args.lr = tmp_path, np.float64(args.lr)  # as a script may set them
+    args.out, args.lr, args.seed = tmp_path, np.float64(args.lr), np.int64(0)  # as scripts may do
     clamp.train(args, network=network, data=(images, labels))
     assert re.search("(?s) 70 images of 2 classes(?!.*finished)", capsys.readouterr().out)
     assert read_log(tmp_path)[2]["train_knn"] == 100
@@ -667,12 +668,15 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     assert torch.equal(own[0].weight, network.backbone[0].weight)
     refused("another backbone", eval_linear.load_backbone, tmp_path)
     refused("images from memory", evaluate, tmp_path, backbone=tiny_network().backbone)
+    refused("give a pair of", evaluate, tmp_path, backbone=tiny_network().backbone,
+            data=((images, labels), None))
     refused("give it a .backbone", clamp.train, args, network=nn.Flatten(), data=(images, labels))
     for out, recipe, data, words in (
             (tmp_path, "small", None, "holds a run with another data, own"),
             (tmp_path / "new", "small", (images / 255, labels), "give a pair of tensors, images"),
             (tmp_path / "new", "small", (images, labels.int()), "and labels int64"),
             (tmp_path / "new", "small", (images, labels[:50]), "give a pair of tensors"),
+            (tmp_path / "new", "small", images, "give a pair of tensors"),
             (tmp_path / "new", "patterns", (images, labels), "name another one")):
         flags = "--limit", 70, "--recipe", recipe, "--data", "patterns"
         refused(words, train_once, out, *flags, data=data)
@@ -770,7 +774,10 @@ def test_recipes_and_data_set_the_defaults(capsys):
         args = clamp.parse_args(["--data", data])
         assert args.recipe == recipe and args.out == f"runs/{data.split('/')[-1]}"
         assert args.data == (data if recipe != "photos" else os.path.abspath(data))
-    own = clamp.parse_args("--lr 1 --epochs 2 --crop-scale 1 .2".split())
-    assert (own.recipe, own.warmup_epochs, own.crop_scale) == ("patterns", 2 / 3, [0.2, 1])
+    own = clamp.parse_args("--lr 1 --epochs 2 --crop-scale 1 .2 --no-zero-init".split())
+    assert (own.recipe, own.lr, own.crop_scale, own.zero_init) == ("patterns", 1, [0.2, 1], False)
+    own.projector.append(7), own.jitter.clear()  # leaves the recipes as they are
+    again = clamp.parse_args([])
+    assert (again.lr, len(again.jitter), again.projector) == (1.6, 4, [2048, 256])
     pytest.raises(SystemExit, clamp.parse_args, ["--help"])
     assert re.search(r"\nrecipe imagenet1k: .* 'lr': 1.1,", capsys.readouterr().out)
