@@ -3,9 +3,9 @@
     python experiments/peers.py METHOD [any flag of clamp.py]
 
 METHODS, at the end of this file, lists what each method brings: a loss, and for some a network, an
-augmentation and flags. A loss takes z [m, b, d], the embeddings of m views of the b images of all
-processes. Its other arguments are flags, too, such as --temperature for simclr; --help shows
-clamp.py's flags only. All views go through the network, and its batch norm, together.
+augmentation and flags. A loss takes z [m, b, d], embeddings of m views of the b images of all
+processes. Its other arguments are flags, too, such as --temperature for simclr (--help shows only
+clamp.py's). All views go through the network, and its batch norm, together.
 """
 
 import argparse
@@ -91,8 +91,7 @@ def w_mse(z):
     the Cholesky factor of their covariance, and put on the sphere (arXiv 2007.06346)."""
     _, b, d = z.shape
     if b % (2 * d):
-        raise clamp.UserError(f"--batch-size {b}: w_mse takes a multiple of {2 * d}, twice the "
-                              "last width of --projector")
+        raise clamp.UserError(f"--batch-size {b}: give a multiple of {2 * d}, twice the last width")
     # The images of a batch come in random order, so neighbours are a random sub-batch.
     x = z.double().unflatten(1, (-1, 2 * d))  # [m, b / 2d, 2d, d]
     x = x - x.mean(2, keepdim=True)
@@ -107,8 +106,8 @@ def shuffled_dbn(z, group=16):
     ZCA-whitened (arXiv 2105.00470, whose loss is d times this one)."""
     _, b, d = z.shape
     if d % group or b <= group:
-        raise clamp.UserError(f"shuffled_dbn whitens {group} features at a time: give a last width "
-                              f"of --projector that {group} divides, and a larger --batch-size")
+        raise clamp.UserError(f"--group {group}: has to divide {d}, the last width of --projector, "
+                              f"and be less than {b}, the batch size")
 
     def whiten(x):  # [b, d], one view
         order = torch.randperm(d, device=x.device)
@@ -209,9 +208,7 @@ def ellipsoid(z, reach=3.0):
 
 
 # -------- networks
-
-# mlp(n, widths): Linear-BatchNorm-ReLU-...-Linear
-mlp = partial(MLP, norm_layer=nn.BatchNorm1d, bias=False)
+mlp = partial(MLP, norm_layer=nn.BatchNorm1d, bias=False)  # mlp(n, widths)
 
 
 def build_network(args):
@@ -221,53 +218,44 @@ def build_network(args):
     return network
 
 
-class SideBySide(nn.Module):
+class SideBySide(nn.ModuleList):
     """The outputs of two modules: [n, d] -> [n, 2 d]."""
 
-    def __init__(self, left, right):
-        super().__init__()
-        self.left, self.right = left, right
-
     def forward(self, x):
-        return torch.cat([self.left(x), self.right(x)], 1)
+        return torch.cat([module(x) for module in self], 1)
 
 
 def build_simsiam(args):
     """Images -> prediction and projection. The predictor has a bottleneck of d / 4."""
     network, d = build_network(args), args.projector[-1]
     network.projector.append(nn.BatchNorm1d(d, affine=False))
-    return network.append(SideBySide(mlp(d, [d // 4, d]), nn.Identity()))
+    return network.append(SideBySide([mlp(d, [d // 4, d]), nn.Identity()]))
 
 
 class BYOL(nn.Module):
     """Images -> prediction, and projection by a momentum copy of backbone and projector. At each
     step it keeps this share of its weights: 1 - 0.01 (1 + cos(pi step / steps)) / 2."""
 
-    def __init__(self, args, steps, momentum=0.99):
+    def __init__(self, args):
         super().__init__()
         online, d = build_network(args), args.projector[-1]
         self.backbone, self.projector = online
         self.predictor = mlp(d, args.projector)
         self.target = copy.deepcopy(online).requires_grad_(False)
-        self.momentum, self.steps = momentum, steps
         self.register_buffer("step", torch.zeros(()))
+        clamp.start_processes(args)  # so that only one process downloads
+        n = len(clamp.load_data(args.data, "train", args.limit, args.seed).labels)
+        self.steps = args.epochs * (n // args.batch_size)
 
     def forward(self, x):
         if self.training:  # the optimiser has moved the weights since the last step
-            share = (1 - self.momentum) * (1 + torch.cos(math.pi * self.step / self.steps)) / 2
+            share = 0.01 * (1 + torch.cos(math.pi * self.step / self.steps)) / 2
             online = [*self.backbone.parameters(), *self.projector.parameters()]
             for old, new in zip(self.target.parameters(), online):
                 old.lerp_(new.detach(), share)
             self.step += 1
         prediction = self.predictor(self.projector(self.backbone(x)))
         return torch.cat([prediction, self.target(x)], 1)
-
-
-def build_byol(args):
-    """BYOL for the steps of the run, which depend on the number of images."""
-    clamp.start_processes(args)  # so that only one process downloads
-    n = len(clamp.load_data(args.data, "train", args.limit, args.seed).labels)
-    return BYOL(args, args.epochs * (n // args.batch_size))
 
 
 class Prototypes(nn.Linear):
@@ -282,15 +270,15 @@ class Prototypes(nn.Linear):
 
 def build_swav(args):
     """Images -> scores. The paper has 3000 prototypes for batches of 4096 without a queue."""
-    prototypes = Prototypes(args.projector[-1], 3 * args.batch_size // 4, bias=False)
-    return build_network(args).append(prototypes)
+    count = 3 * args.batch_size // 4
+    return build_network(args).append(Prototypes(args.projector[-1], count, bias=False))
 
 
 def build_ce_ssl(args):
     """Images -> invariant and equivariant embedding, by a projector each."""
     network = build_network(args)
     second = mlp(network.backbone.num_features, args.projector)
-    network.projector = SideBySide(network.projector, second)
+    network.projector = SideBySide([network.projector, second])
     return network
 
 
@@ -301,8 +289,8 @@ class PairedAugment(clamp.MultiViewAugment):
 
     def in_pairs(self, function, images, dim):  # images are in this dimension of the result
         if images.ndim == 3 or len(images) % 2:
-            raise clamp.UserError("ce_ssl pairs images: give images of one size up to 256 px, "
-                                  "and a --batch-size that is an even number for each process")
+            raise clamp.UserError("ce_ssl pairs images: give images of one size, at most 256 px, "
+                                  "and an even --batch-size for each process")
         with torch.random.fork_rng([images.device] if images.is_cuda else []):
             even = function(images[::2])
         odd = function(images[1::2])  # draws the same random numbers again
@@ -326,7 +314,7 @@ METHODS = {
     "w_mse": dict(loss=w_mse, flags="--views 2 --projector 1024 64 --batch-size 128"),
     "shuffled_dbn": dict(loss=shuffled_dbn, flags="--views 2 --projector 1024 512"),
     "simsiam": dict(loss=simsiam, network=build_simsiam, flags="--views 2 --projector 2048 2048"),
-    "byol": dict(loss=byol, network=build_byol, flags="--views 2 --projector 4096 256"),
+    "byol": dict(loss=byol, network=BYOL, flags="--views 2 --projector 4096 256"),
     "swav": dict(loss=swav, network=build_swav, flags="--views 2 --projector 2048 128"),
     "ce_ssl": dict(loss=ce_ssl, network=build_ce_ssl, augment=PairedAugment,
                    flags="--views 2 --projector 2048 256"),

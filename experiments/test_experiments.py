@@ -292,8 +292,8 @@ def test_main_hands_each_methods_parts_to_train(monkeypatch):
 
 
 def test_momentum_copy_follows_the_papers_schedule():
-    args = clamp.parse_args(["--projector", "8", "4"])
-    network, x = peers.BYOL(args, steps=10), torch.randn(4, 3, 32, 32)
+    flags = "--projector 8 4 --limit 20 --batch-size 8 --epochs 5 --device cpu"  # ten steps
+    network, x = peers.BYOL(clamp.parse_args(flags.split())), torch.randn(4, 3, 32, 32)
     copies, online = [*network.target.parameters()], [*network.backbone.parameters(),
                                                      *network.projector.parameters()]
     expected = [p.detach().clone() for p in online]
@@ -321,7 +321,7 @@ def test_networks_return_what_their_losses_take():
             h = network.projector(features)
             torch.testing.assert_close((h.mean(0), h.var(0, correction=0)),
                                        (torch.zeros(8), torch.ones(8)), atol=1e-3, rtol=0)
-            expected = torch.cat([network[2].left(h), h], 1)
+            expected = torch.cat([network[2][0](h), h], 1)
         elif name == "swav":
             h, prototypes = network.projector(features)[:, None], network[2].weight
             assert len(prototypes) == 96
@@ -362,10 +362,10 @@ def test_with_huge_radii_only_centres_count():
     ("--views 3", lambda: peers.vicreg(torch.randn(3, 8, 4))),
     ("--views 3", lambda: peers.barlow_twins(torch.randn(3, 8, 4))),
     ("--views 3", lambda: peers.ce_ssl(torch.randn(3, 8, 4))),
-    ("takes a multiple of 8", lambda: peers.w_mse(torch.randn(2, 12, 4))),
-    ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 20, 24))),
-    ("16 features at a time", lambda: peers.shuffled_dbn(torch.randn(2, 16, 32))),
-    ("an even number", lambda: peers.PairedAugment(8, 2).crop(torch.zeros(3, 3, 8, 8))),
+    ("give a multiple of 8", lambda: peers.w_mse(torch.randn(2, 12, 4))),
+    ("--group 16: has to divide 24", lambda: peers.shuffled_dbn(torch.randn(2, 20, 24))),
+    ("be less than 16, the batch", lambda: peers.shuffled_dbn(torch.randn(2, 16, 32))),
+    ("an even --batch-size", lambda: peers.PairedAugment(8, 2).crop(torch.zeros(3, 3, 8, 8))),
     ("one size", lambda: peers.PairedAugment(8, 2).crop(torch.zeros(3, 8, 8))),
 ])
 def test_what_a_peer_cannot_take_is_said(words, call):
