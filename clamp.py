@@ -83,7 +83,7 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    # To try another potential, change this line. It has to be >= 0, and 0 for -inf.
+    # To try another potential, change this line. It has to be >= 0, and constant for -inf.
     energy = x.relu().square().sum() / 2
     return (energy + 1e-6).log()
 
@@ -417,9 +417,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         readout = pick_readout(dataset, args)  # images for a k-NN test after each epoch
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         classes = len(dataset.labels[dataset.labels >= 0].unique()) or "unknown"
+        old = "continuing" if start < args.epochs else "already finished:"
         print(f"{settings['data']}: {n} images of {classes} classes, {steps} steps an epoch; "
               f"torch {torch.__version__}, {world} x {name}, {dtype}; "
-              f"{'continuing' if checkpoint else 'writing'} {out}/")
+              f"{old if checkpoint else 'writing'} {out}/")
         if not checkpoint:
             claim(out)
             save(out, log, settings, 0, saved)  # from now on, other settings are refused
@@ -496,8 +497,8 @@ def read_numbers(loss, z, network, args, epoch):
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
     numbers = {name: number.item() for name, number in numbers.items()}
     if not math.isfinite(numbers["loss"] + numbers["weight_norm"]):
-        raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give a lower --lr "
-                        "and another --out")
+        raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give a lower --lr, "
+                        "or mend parts of your own, and give another --out")
     return numbers
 
 

@@ -52,7 +52,8 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
     holds: backbone (the weights), epoch and settings. Raises UserError if the weights do not fit.
     backbone: a module of your own. A copy of it gets the weights.
     pretrained: if False, weights are random by the seed (without zero_init, which makes untrained
-        features worse), or those of your own module."""
+        features worse), or those of your own module, which must not be the trained ones."""
+    own_backbone = backbone is not None
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -65,7 +66,12 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
         raise clamp.UserError(f"{path}: missing, damaged, or of another backbone "
                               f"({type(error).__name__}); name a run folder or a backbone.pt, or "
                               "pass evaluate() the run's backbone")
-    return (trained if pretrained else backbone).eval(), saved
+    if pretrained:
+        return trained.eval(), saved
+    weights = backbone.state_dict()
+    if own_backbone and all(weights[x].cpu().equal(saved["backbone"][x]) for x in weights):
+        raise clamp.UserError("--random-init: the backbone has the trained weights; pass a new one")
+    return backbone.eval(), saved
 
 
 def choose_rows(data, rows, labels):

@@ -667,6 +667,8 @@ def test_own_images_in_memory_and_own_backbone_are_trained_and_evaluated(tmp_pat
     own, _ = eval_linear.load_backbone(tmp_path, backbone=tiny_network().backbone)
     assert torch.equal(own[0].weight, network.backbone[0].weight)
     refused("another backbone", eval_linear.load_backbone, tmp_path)
+    refused("has the trained weights; pass a new one", evaluate, tmp_path, "--random-init",
+            backbone=network.backbone, data=2 * [(images, labels)])
     refused("images from memory", evaluate, tmp_path, backbone=tiny_network().backbone)
     refused("give a pair of", evaluate, tmp_path, backbone=tiny_network().backbone,
             data=((images, labels), None))
@@ -692,7 +694,7 @@ def test_command_line_end_to_end_and_two_processes_evaluate_as_one(tmp_path):
     assert set(os.listdir(out)) == files and Image.open(out / "views.png").size == (70, 274)
     log, again = read_log(out), run(*train).stdout
     assert [line["epoch"] for line in log] == [1, 2] and {"loss", "lr", "train_knn"} <= {*log[0]}
-    assert "finished" in again and read_log(out) == log
+    assert "already finished: " in again and read_log(out) == log
     error = run(*train, "--lr", "0.3", code=2).stderr
     assert re.fullmatch("clamp.py: error: .* another lr; give another --out\n", error)
     probe = ["eval_linear.py", out, *"--epochs 1 --amp off --limit 501 --lr 0.03".split()]
