@@ -497,8 +497,8 @@ def read_numbers(loss, z, network, args, epoch):
     numbers["weight_norm"] = nn.utils.get_total_norm(network.parameters())
     numbers = {name: number.item() for name, number in numbers.items()}
     if not math.isfinite(numbers["loss"] + numbers["weight_norm"]):
-        raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give a lower --lr, "
-                        "or mend parts of your own, and give another --out")
+        raise UserError(f"epoch {epoch + 1}: the loss or a weight is not finite; give a lower --lr "
+                        "(or mend parts of your own), and another --out")
     return numbers
 
 
