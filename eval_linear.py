@@ -9,12 +9,12 @@
     python eval_linear.py runs/cifar10 --labels 0.01 --finetune        train the backbone as well
     torchrun --nproc-per-node 8 eval_linear.py runs/imagenet
 
-The probe is a linear classifier on standardised features of the frozen backbone. Its learning rate
-is chosen on a tenth of the training images, which is held out for this. Then the probe is trained
-on all of them, and tested once. (Without a test set, a fifth of them is held out as one.) The
-result is printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the
-backbone finds alike. For images without labels, there is only this picture, and features.pt: the
-names of all training images and their features.
+The probe is a linear classifier on standardised features of the frozen backbone. Without a test
+set, a fifth of the training images is first set aside as one. A tenth of the others is held out to
+choose the learning rate. Then the probe is trained on all of them, and tested once. The result is
+printed, and added to linear.jsonl beside the backbone. neighbours.png shows what the backbone finds
+alike. For images without labels, there is only this picture, and features.pt: the names of all
+training images and their features.
 """
 
 import argparse
@@ -51,14 +51,14 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
     """The backbone of a run folder or of a backbone.pt, in eval mode, and a dict of what the file
     holds: backbone (the weights), epoch and settings. Raises UserError if the weights do not fit.
     backbone: a module of your own. A copy of it gets the weights.
-    pretrained: if False, weights are random by the seed (without zero_init, which makes untrained
-        features worse), or those of your own module, which must not be the trained ones."""
+    pretrained: if False, weights are random by the seed, or those of your own module, which has to
+        be untrained."""
     own_backbone = backbone is not None
     path = Path(path, "backbone.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         torch.manual_seed(seed)
-        if backbone is None:
+        if backbone is None:  # without zero_init, which makes untrained features worse
             backbone = clamp.build_backbone(saved["settings"]["arch"], saved["settings"]["stem"])
         trained = copy.deepcopy(backbone)
         trained.load_state_dict(saved["backbone"])  # in any case, to see whether they fit
@@ -76,8 +76,9 @@ def load_backbone(path, pretrained=True, backbone=None, seed=0):
 
 def choose_rows(data, rows, labels):
     """Returns the part of rows [n] whose labels are used. rows are in random order, and stay so.
-    labels: None for all; a fraction, for the first images of each class; or a text file with names
-    of image files, separated by white space, such as SimCLR's lists of ImageNet."""
+    labels: None for all; a fraction of each class, its first images; or a text file with names of
+    image files, separated by white space, such as SimCLR's lists of ImageNet. Each name has to be
+    that of one file in rows."""
     if labels is None or not len(rows):  # no rows: no image has a label
         return rows
     if isinstance(labels, float):
@@ -86,12 +87,12 @@ def choose_rows(data, rows, labels):
             places = (of_row == label).nonzero()[:, 0]
             kept.append(places[:max(1, round(labels * len(places)))])
         return rows[torch.cat(kept).sort().values]  # sorted: in the order of rows
-    names = set(Path(labels).read_text(errors="surrogateescape").split())  # as os.walk()
+    names = set(Path(labels).read_text(errors="surrogateescape").split())  # as data.files
     files = [] if data.files is None else [Path(file).name for file in data.files[rows.numpy()]]
     kept = [k for k, file in enumerate(files) if file in names]
-    if not names or sorted(files[k] for k in kept) != sorted(names):  # missing, or there twice
+    if not names or sorted(files[k] for k in kept) != sorted(names):
         raise clamp.UserError(f"--labels {labels}: {len(names)} names fit {len(kept)} training "
-                              "files (without a held-out fifth); each has to fit one")
+                              "files (not counting a fifth that is set aside); each has to fit one")
     return rows[kept]
 
 
@@ -107,7 +108,7 @@ def extract(network, data, rows, options):
     if world == 1:
         return part
     features = part.new_empty(world * share, part.shape[1])
-    dist.all_gather_into_tensor(features, part)  # clamp.gather() would hold them twice
+    dist.all_gather_into_tensor(features, part)  # clamp.gather() would take twice the memory
     return features[:len(rows)]
 
 
@@ -117,8 +118,7 @@ def make_split(data, rows, backbone, options):
 
 
 class CropAndFlip(clamp.MultiViewAugment):
-    """MultiViewAugment without changes of colour: crop() crops while images are loaded, and a call
-    of the instance flips the crops."""
+    """MultiViewAugment that only crops, while images are loaded, and flips, when it is called."""
 
     def photometric(self, x):
         return x
@@ -133,11 +133,13 @@ def training_steps(split, args, options, augmented):
     rank, world = clamp.rank_and_world()
     n = len(split.rows)
     total = args.epochs * (n // args.batch_size)
-    # Each call of draw() yields the same batches: (step, places).
+    # draw() yields (step, batch) for all steps. draw(rank=rank, world=world) yields the same, but
+    # only this process's part of each batch.
     draw = partial(clamp.draw_batches, n, args.batch_size, range(args.epochs), args.seed)
     if augmented:
         augment = CropAndFlip(options["size"], views=1)
         parts = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
+        # The crops of (step, rows) are random by the step and the rows.
         crops_of_parts = clamp.image_batches(split.data, parts, augment.crop, options["device"],
                                              options["workers"], args.seed)
     for step, batch in clamp.progress(draw(), "training", total, leave=False):
@@ -156,7 +158,7 @@ def probe(train, test, rates, classes, backbone, args, options):
     Every process trains the same classifiers on whole batches, so gradients need not be exchanged.
     With --augment, each computes the features of its part of the batch, and gets the others'."""
     device = options["device"]
-    mean, std = train.features.mean(0), train.features.std(0)  # without augmentation
+    mean, std = train.features.mean(0), train.features.std(0)  # of plain images, always
     std = std.clamp(min=0.01 * std.mean().item())  # a feature may be constant
     heads = nn.Linear(len(mean), len(rates) * classes, device=device)  # all side by side
     nn.init.zeros_(heads.weight), nn.init.zeros_(heads.bias)
@@ -170,12 +172,13 @@ def probe(train, test, rates, classes, backbone, args, options):
         if args.augment:
             with torch.no_grad():
                 x = clamp.embed(backbone, images, options["dtype"])  # [b / world, f]
-                x = clamp.gather(x[None])[0]  # [b, f] in the order of batch; it takes [m, b, d]
+                # gather() takes a dimension for views. It joins parts in the order of the batch.
+                x = clamp.gather(x[None])[0]  # [b, f]
         else:
             x = train.features[batch]
         y, z = train.labels[batch], logits(x)
-        # Each classifier has its rate as a factor on its loss. Its steps are the same as if the
-        # optimiser had the factor, because they are linear in the gradients (no weight decay).
+        # The classifiers share an optimiser, but each has its own rate. So its loss is multiplied
+        # by it. Without weight decay, the steps of SGD with momentum are proportional to that.
         losses = [rate * F.cross_entropy(z[:, k], y) for k, rate in enumerate(rates)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -203,23 +206,23 @@ def finetune(train, test, rates, classes, backbone, args, options):
                                      {"params": network[1].parameters()}], lr=0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         for batch, images, scale in training_steps(train, args, options, augmented=True):
-            part = batch.chunk(world)[rank].to(device, non_blocking=True)  # places of images
-            z = clamp.embed(model, images, dtype)  # [b / world, classes]
+            part = batch.chunk(world)[rank].to(device, non_blocking=True)  # the places of `images`
+            z = clamp.embed(model, images, dtype)  # the output, [b / world, classes]
             optimizer.zero_grad()
             scaler.scale(F.cross_entropy(z, train.labels[part])).backward()
             optimizer.param_groups[0]["lr"] = 0.05 * rate * scale
             optimizer.param_groups[1]["lr"] = rate * scale
             scaler.step(optimizer)
             scaler.update()
-        # On CPUs, the processes have different statistics of batch norm. So `model` is evaluated:
-        # DistributedDataParallel first copies the statistics of process 0 to all.
+        # Not `network`, because on CPUs, batch norm has other statistics in each process. Before
+        # DistributedDataParallel computes, it copies those of process 0 to all.
         logits.append(extract(model.eval(), test.data, test.rows, options))
     return torch.stack(logits)
 
 
 def accuracy(logits, labels, k=1):
-    """Top-k accuracy in %. NaN counts as 0. So if the learning rate is too large, and all logits
-    are NaN, the accuracy is that of chance."""
+    """Top-k accuracy in %. NaN counts as 0. So a learning rate at which all logits become NaN has
+    the accuracy of chance, and is not chosen."""
     top = logits.nan_to_num().topk(min(k, logits.shape[1])).indices
     return 100 * (top == labels[:, None]).any(1).float().mean().item()
 
@@ -241,19 +244,19 @@ def draw_neighbours(split, args, options, path):
         cosine = x[shown] @ x.T
         cosine[torch.arange(len(shown)), shown] = -1  # an image is not its own neighbour
         columns.append(rows[cosine.topk(min(8, len(rows) - 1)).indices])
-    crop, white = partial(clamp.center_crop, size=64), torch.full((1, 3, 64, 64), 255)
+    crop, white = partial(clamp.center_crop, size=64), torch.full((1, 3, 64, 64), 255).byte()
     tiles = []
     for line in clamp.image_batches(split.data, enumerate(torch.cat(columns, 1)), crop,
                                     torch.device("cpu")):  # uint8 [17, 3, 64, 64]
         image, near, near_untrained = line.split([1, len(line) // 2, len(line) // 2])
         tiles += [image, white, near, white, near_untrained]
-    save_image(torch.cat(tiles) / 255, path, nrow=len(line) + 2)  # images in a line
+    save_image(torch.cat(tiles) / 255, path, nrow=len(line) + 2)  # with two white ones
     print(f"{path}: images, their nearest by the features, and by those of an untrained network")
 
 
 def choose_images(name, args, own=None):
-    """Returns (data, rows) to train on, rows in random order, and (data, rows) to test on. Images
-    of unknown class, whose label is -1, are left out."""
+    """Returns two pairs (data, rows): to train on, in random order, and to test on. Images of
+    unknown class, whose label is -1, are left out."""
     own_train, own_test = own or (None, None)
     train = clamp.load_data(name, "train", limit=args.limit, seed=args.seed, own=own_train)
     test = clamp.load_data(name, "test", own=own_test)  # empty if there is no test set
@@ -294,7 +297,8 @@ def evaluate(args, backbone=None, data=None):
 
     backbone: a module of your own, images [n, 3, size, size] -> [n, f]. A copy of it gets the run's
         weights. With --random-init, it is evaluated as it is, so pass an untrained one.
-    data: ((images, labels) to train on, (images, labels) to test on), as for clamp.train"""
+    data: ((images, labels) to train on, (images, labels) to test on), images uint8 [n, 3, H, W] and
+        labels int64 [n], -1 if unknown"""
     device, dtype = clamp.start_processes(args)
     rank, world = clamp.rank_and_world()
     built_here = backbone is None
@@ -310,21 +314,21 @@ def evaluate(args, backbone=None, data=None):
 
     (train_data, rows), (test_data, test_rows) = choose_images(name, args, data)
     has_test_set = test_data is not train_data
-    train_data.to(device)
-    test_data.to(device)
+    for x in (train_data, test_data):
+        x.to(device)  # moves images in memory, not labels
     if len(rows):
         tenth = math.ceil(len(rows) / 10)  # held out to choose the learning rate
         if args.batch_size % world or args.batch_size > len(rows) - tenth:
             raise clamp.UserError(
                 f"--batch-size {args.batch_size}: must be at most {len(rows) - tenth}, the images "
                 f"to train on, and divisible by {world}, the number of processes")
-        train = make_split(train_data, rows, backbone, options)
+        train = make_split(train_data, rows, backbone, options)  # --finetune, too, has a 20-NN
         test = make_split(test_data, test_rows, backbone, options)
         check_readable(train_data, test_data)
     elif args.random_init or args.labels or args.augment or args.finetune:
         raise clamp.UserError("the images have no labels, which --random-init, --labels, --augment "
                               "and --finetune need")
-    else:
+    else:  # only the picture below uses it
         test = export_features(train_data, backbone, options, folder)
     # For a backbone of your own, there is no untrained one to compare with.
     if rank == 0 and built_here and not args.random_init:
@@ -335,20 +339,20 @@ def evaluate(args, backbone=None, data=None):
     # fit(train, test, rates) returns logits of test [rates, n, classes].
     fit = partial(finetune if args.finetune else probe, classes=int(train.labels.max()) + 1,
                   backbone=backbone, args=args, options=options)
-    held_out = train.part(0, tenth)  # in random order
+    held_out = train.part(0, tenth)  # a random tenth, because rows are in random order
     logits_of_rates = fit(train.part(tenth), held_out, args.lr)
     sweep = [accuracy(logits, held_out.labels) for logits in logits_of_rates]
     lr = args.lr[sweep.index(max(sweep))]
-    logits, = fit(train, test, [lr])
+    logits = fit(train, test, [lr])[0]
     knn = clamp.knn_accuracy(train.features, train.labels, test.features, test.labels, k=20)
     result = {"top1": round(accuracy(logits, test.labels), 2),
               "top5": round(accuracy(logits, test.labels, 5), 2), "knn": round(knn, 2), "lr": lr,
               "n_train": len(rows), "n_test": len(test_rows), "data": name,
               "epoch": 0 if args.random_init else saved["epoch"], "epochs": settings["epochs"]}
     if rank == 0:
-        if built_here and "network" in settings.get("own", []):
-            print(f"The run had a network of its own. Its weights fit {settings['arch']} with the "
-                  f"{settings['stem']} stem. If that is not its backbone, pass evaluate() one.")
+        if built_here and "network" in settings.get("own", []):  # passed to clamp.train()
+            print(f"The run had a network of your own. Its weights fit {settings['arch']} with the "
+                  f"{settings['stem']} stem. If it was another one, pass evaluate() its backbone.")
         print("backbone after {epoch} of {epochs} epochs".format(**result))
         if not has_test_set:
             print(f"no test set: {len(test_rows)} images are held out. If the backbone was trained "
@@ -371,7 +375,7 @@ def parse_args(argv=None):
     def fraction_or_file(text):
         try:
             return text if Path(text).is_file() else within(float, 1e-6, 1)(text)
-        except ValueError:  # not a number; for others, within() has its own message
+        except ValueError:  # not a number. (Out of range is another error, with a message.)
             raise argparse.ArgumentTypeError(f"{text}: no such file, and not a fraction")
 
     parser = argparse.ArgumentParser(
