@@ -53,7 +53,7 @@ def balls(z, radius_scale=7.0):
         Z_i, L_i = mean and covariance (divided by m - 1) of image i's m points
         r_i = radius_scale * sqrt(Tr(L_i) / min(m, d))
 
-    min(m, d) is the authors' bound on the number of directions in which the points of i vary.
+    min(m, d) is the authors' bound on the rank of L_i (m - 1 would be exact, for m <= d).
     float64 stays, other types become float32."""
     if z.ndim != 3 or len(z) < 2:
         raise ValueError(f"z must be [views >= 2, images, d], and is {list(z.shape)}")
@@ -66,14 +66,16 @@ def balls(z, radius_scale=7.0):
 
 def overlap(centers, radii, max_reach=1.5):
     """How far balls overlap, [b, b]: 1 - |Z_i - Z_j| / min(r_i + r_j, max_reach). It is negative
-    for balls that are apart. It is -inf for pairs that do not count. As in the authors' code, these
-    are i = j, and centres closer than 1e-3, which have no clear direction to move apart.
+    for centres that are further apart than that, and -inf for pairs that do not count. As in the
+    authors' code, these are i = j, and centres closer than 1e-3, which lack a clear direction.
 
-    At first, nearly all r_i + r_j are above max_reach. Then only the centres have a gradient, and
-    are pushed apart. A centre is a mean of unit vectors, so it is longer if these agree, and only
-    long centres can be far apart. So the views of an image come to agree, too."""
+    At first, r_i is about 3.5 (four views, radius_scale 7). So r_i + r_j is above max_reach, and
+    only the centres have a gradient, which pushes them apart. A centre is a mean of unit vectors.
+    It is longer if these agree, and only long centres can be far apart. So the views of an image
+    come to agree, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
-    distance = torch.cdist(exact, exact).to(centers.dtype)  # with gradient 0 (not NaN) if i = j
+    # The gradient of cdist is 0 where the distance is 0, not NaN.
+    distance = torch.cdist(exact, exact).to(centers.dtype)
     reach = (radii[:, None] + radii).clamp(max=max_reach)
     return torch.where(distance < 1e-3, -math.inf, 1 - distance / reach)
 
@@ -83,7 +85,8 @@ def packing_loss(z, radius_scale=7.0, max_reach=1.5):
     be normalised: half the sum over i != j of max(0, overlap)^2 (arXiv 2506.13717, with the
     constants of the authors' code)."""
     x = overlap(*balls(z, radius_scale), max_reach)
-    # To try another potential, change this line. It has to be >= 0, and constant for -inf.
+    # To try another potential, change this line. E has to be >= 0, and x = -inf has to give a
+    # constant, such as 0.
     energy = x.relu().square().sum() / 2
     return (energy + 1e-6).log()
 
@@ -151,7 +154,8 @@ def hue(x, change):
     angle = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     angle = torch.where(high == red, (green - blue) / safe, angle)
     angle = (angle + 6 * change[:, 0]) % 6  # change[:, 0] is [n, 1, 1]
-    # The purest colour of this angle: its least channel is 0, its greatest 1.
+    # The purest colour of this angle: its least channel is 0, its greatest 1. As the angle moves
+    # away from a channel's own, the channel is 1 up to a distance of 1, and 0 from 2 on.
     red, green, blue = (angle - 3).abs() - 1, 2 - (angle - 2).abs(), 2 - (angle - 4).abs()
     pure = torch.stack([red, green, blue], 1).clamp(0, 1)
     return low[:, None] + chroma[:, None] * pure
@@ -205,12 +209,6 @@ class MultiViewAugment:
         crops = roi_align(images.float(), boxes, self.size, sampling_ratio=-1, aligned=True)
         return crops.round().byte().unflatten(0, (b, self.views))
 
-    def __call__(self, crops):
-        """Crops uint8 [b, m, 3, size, size] -> normalised float32 views [m, b, 3, size, size]."""
-        x = crops.transpose(0, 1).flatten(0, 1) / 255  # view 0 of all images comes first
-        x = torch.where(self.chance(x, self.flip_p), x.flip(3), x)
-        return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
-
     def uniform(self, x, low, high):
         """A random number for each crop of x, [m * b, 1, 1, 1]."""
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -218,9 +216,14 @@ class MultiViewAugment:
     def chance(self, x, *p):
         """True or false for each crop of x, [m * b, 1, 1, 1]. View k has probability
         p[k % len(p)]."""
-        of_view = torch.tensor([p[k % len(p)] for k in range(self.views)])
-        of_crop = of_view.repeat_interleave(len(x) // self.views).view(-1, 1, 1, 1)
-        return self.uniform(x, 0, 1) < of_crop.to(x.device, non_blocking=True)
+        of_views = self.uniform(x, 0, 1).chunk(self.views)
+        return torch.cat([u < p[k % len(p)] for k, u in enumerate(of_views)])
+
+    def __call__(self, crops):
+        """Crops uint8 [b, m, 3, size, size] -> normalised float32 views [m, b, 3, size, size]."""
+        x = crops.transpose(0, 1).flatten(0, 1) / 255  # view 0 of all images comes first
+        x = torch.where(self.chance(x, self.flip_p), x.flip(3), x)
+        return normalize(self.photometric(x)).unflatten(0, (self.views, -1))
 
     def photometric(self, x):
         """Change the colours of crops x [m * b, 3, size, size] in 0..1, view 0's first."""
@@ -237,8 +240,8 @@ class MultiViewAugment:
 
 
 def build_augment(args, kind=MultiViewAugment):
-    """A MultiViewAugment, or a subclass of it, with the settings args, named as its fields. Fields
-    that a subclass adds keep their defaults."""
+    """A MultiViewAugment, or a subclass of it. Each field has the setting of the same name in args.
+    Fields that a subclass adds keep their defaults."""
     return kind(**{f.name: getattr(args, f.name) for f in fields(MultiViewAugment)})
 
 
@@ -273,8 +276,8 @@ def start_processes(args):
 
 def gather(z):
     """z [m, b / world, d] of each process -> [m, b, d]. All processes then compute the same loss,
-    but each gets only the gradient that flows through its own part. The whole gradient is their
-    sum. DDP takes their mean, so train() multiplies the loss by the number of processes."""
+    but each gets only the gradient that flows through its own part. Summed over processes, this is
+    the whole gradient. DDP averages instead, so train() multiplies the loss by their number."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -344,7 +347,7 @@ class LARS(torch.optim.SGD):
             ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1)
         torch._foreach_add_(grads, weights, alpha=self.weight_decay)
         if self.eta:
-            torch._foreach_mul_(grads, ratio.unbind())  # each tensor has its own ratio
+            torch._foreach_mul_(grads, ratio.unbind())  # each tensor by its own
         super().step()
 
 
@@ -369,10 +372,10 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     optimizer: parameters -> a torch optimizer, whose learning rates are the peaks of the schedule
 
     Raises UserError if the settings do not fit the data, the machine or the run folder."""
-    # Plain types, so that settings equal those in a checkpoint. tolist() is for numpy and torch.
+    # Plain types, which can be saved and compared: lists for tuples, and numbers for numpy's.
     plain = json.dumps(vars(args), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
     args = argparse.Namespace(**json.loads(plain))
-    if data is not None and args.recipe == "patterns":  # parse_args([]) gives this recipe
+    if data is not None and args.recipe == "patterns":  # the default, with 3 epochs
         raise UserError("data: the recipe patterns is too short for other images; name another "
                         "one, as in parse_args(['--recipe', 'small'])")
     if network is not None and not hasattr(network, "backbone"):
@@ -402,14 +405,15 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     make_optimizer = optimizer or partial(LARS, lr=args.lr * args.batch_size / 256, momentum=0.9,
                                           weight_decay=args.weight_decay, eta=args.eta)
     optimizer = make_optimizer(network.parameters())
-    peaks = [group["lr"] for group in optimizer.param_groups]  # a checkpoint has other rates
+    # Before a checkpoint is loaded, whose rates are those of its last step.
+    peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     saved = dict(network=network, optimizer=optimizer, scaler=scaler)
     for name, part in saved.items():
         if checkpoint and checkpoint[name]:  # the scaler has no state without fp16
             part.load_state_dict(checkpoint[name])
     if args.compile:
-        network.compile(mode=args.compile)  # not the read-out, which calls network.backbone
+        network.compile(mode=args.compile)  # the read-out calls network.backbone, not compiled
     # model is what is trained, network what is saved and evaluated.
     model = nn.parallel.DistributedDataParallel(network) if world > 1 else network
 
@@ -422,11 +426,11 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
               f"torch {torch.__version__}, {world} x {name}, {dtype}; "
               f"{old if checkpoint else 'writing'} {out}/")
         if not checkpoint:
-            claim(out)
+            claim(out)  # fails if another command begins here, too
             save(out, log, settings, 0, saved)  # from now on, other settings are refused
-    # The row numbers and then the crops of each step, in the order of the loops below.
+    # (step, rows) for each step of the loops below.
     batches = draw_batches(n, args.batch_size, range(start, args.epochs), args.seed, rank, world)
-    # One stream of crops serves all epochs, because it takes seconds to start loader workers.
+    # Their crops. One stream serves all epochs, because it takes seconds to start loader workers.
     stream = image_batches(dataset, batches, augment.crop, device, args.workers, args.seed)
     warmup = round(min(args.warmup_epochs, args.epochs / 3) * steps)
     total = args.epochs * steps
@@ -437,7 +441,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         for k in range(steps):
             step = epoch * steps + k
             crops = next(stream)  # [b / world, m, 3, size, size]
-            torch.manual_seed(seed_of(args.seed, step, rank))  # next() has set other seeds
+            torch.manual_seed(seed_of(args.seed, step, rank))  # next() may seed, too
             views = augment(crops)  # [m, b / world, 3, size, size]
             z = embed(model, views.flatten(0, 1), dtype).unflatten(0, views.shape[:2])
             z = gather(z)  # [m, b, d]
@@ -460,7 +464,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
 
         seconds = time.time() - began
-        dataset.unreadable = set().union(*from_all(dataset.unreadable))  # every process takes part
+        # image_batches() has collected messages about files. Every process takes part.
+        dataset.unreadable = set().union(*from_all(dataset.unreadable))
         if rank == 0:
             record = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                       "views_per_second": steps * args.batch_size * args.views / seconds}
@@ -503,8 +508,9 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ, without those that do not change results. Nor are recipe
-    and amp compared, but the flags that a recipe sets, and the precision that amp leads to."""
+    """The names of settings that differ. Some do not matter: out, device and workers change no
+    results. recipe and amp only lead to other settings, which are compared. (The number of
+    processes is none. With another one, a run continues with other random numbers.)"""
     names = (settings.keys() | others.keys()) - {"out", "device", "workers", "recipe", "amp"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -531,7 +537,7 @@ def load_checkpoint(out, settings):
     path = Path(out, "checkpoint.pt")
     if not path.exists() and not Path(out, "backbone.pt").exists():
         return None
-    try:  # with a backbone.pt alone, this fails, so that it is not overwritten
+    try:  # fails for a backbone.pt alone, which a new run would overwrite
         checkpoint = torch.load(path, "cpu", weights_only=True)
         changed = differences(settings, checkpoint["settings"])
     except Exception:  # torch.load raises many types
@@ -589,6 +595,7 @@ def center_crop(images, size):
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n]. The backbone has to be in eval mode."""
     crop, batches = partial(center_crop, size=size), rows.split(256)
+    # image_batches() takes (step, rows). The step matters for random crops alone.
     stream = image_batches(data, enumerate(batches), crop, device, workers)
     bar = progress(stream, "features", len(batches), leave=False)
     parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
@@ -694,7 +701,7 @@ def draw_patterns(n, seed):
 def load_data(name, split, limit=None, seed=0, own=None):
     """The "train" or "test" images of one of DATASETS or of a folder. Without test images, the Data
     is empty. limit: keep this many, chosen at random. own: a pair (images, labels)."""
-    if own is not None or name == "own":
+    if own is not None or name == "own":  # the name that a run on own images saves
         try:
             images, labels = own
             n, channels, _, _ = images.shape
@@ -742,7 +749,7 @@ def walk_images(path):
             raise error
 
     for at, folders, names in os.walk(path, followlinks=True, onerror=fail):
-        # Without this, a link to a folder above would be walked again and again.
+        # A link to a folder above it would be walked again and again.
         if os.path.realpath(at) in {os.path.realpath(parent) for parent in Path(at).parents}:
             folders.clear()
             continue
@@ -770,7 +777,7 @@ def list_images(path, split):
     def labelled(part):
         return [(file, label) for file, label in parts[part] if label]
 
-    # A folder that is called train or valid may be a class, too, as valid/ beside invalid/.
+    # valid/ beside invalid/ is a class. So a split without classes, beside classes, is refused.
     if labelled("") and not labelled("train"):
         for part in parts:
             if parts[part] and not labelled(part):
@@ -866,8 +873,9 @@ def read_or_next(files, row):
 
 class Crops(torch.utils.data.Dataset):
     """dataset[step, rows] returns (crops, problems): crop(images) for the images in `rows`, a list,
-    and error messages. In place of a file that cannot be read, the next one is taken, but with the
-    label of the former. (Training does not use labels, and the evaluation refuses such files.)
+    and error messages. In place of a file that cannot be read, the next one is taken. It has the
+    wrong label then. (Training does not use labels, the k-NN read-out may err a little, and the
+    evaluation refuses such files.)
 
     Random crops follow from seed, step and rows alone. So a run can be continued, with any number
     of loader workers."""
@@ -896,17 +904,17 @@ def image_batches(data, batches, crop, device, workers=0, seed=0):
     from_files = data.images is None
     loader = torch.utils.data.DataLoader(
         Crops(data, crop, seed), sampler=((step, rows.tolist()) for step, rows in batches),
-        batch_size=None,  # each item of the sampler is an index into Crops, and makes a batch
+        batch_size=None,  # nothing is collated: Crops makes a batch from each item of the sampler
         num_workers=workers if from_files else 0, pin_memory=from_files and device.type == "cuda")
     for crops, problems in loader:
         data.report(problems)
-        # From a GPU to the CPU, for pick_readout(), a non-blocking copy might be read too early.
+        # pick_readout() may copy from a GPU to the CPU. That has to block, or is read too early.
         yield crops.to(device, non_blocking=device.type == "cuda")
 
 
 # -------- settings
 # The recipes patterns, small and photos are ours, the others are published. lr is for 256 images a
-# batch. The data photos, imagenet100 and imagenet are folders. --data replaces them.
+# batch. "photos", "imagenet100" and "imagenet" are folders, unless --data names another.
 
 SMALL = dict(
     data="cifar10", radius_scale=7.0, max_reach=1.2,  # better than the authors' 1.5 with two views
@@ -998,8 +1006,9 @@ def parse_args(argv=None):
     if "recipe" not in given:
         by_data = {"patterns": "patterns", "cifar10": "small", "cifar100": "small"}
         given["recipe"] = by_data.get(given.get("data", "patterns"), "photos")
-    # given has the defaults, too, so a recipe may set only flags that have none.
-    args = argparse.Namespace(**copy.deepcopy(RECIPES[given["recipe"]]) | given)
+    # A flag that has a default is always given. So a recipe can set only flags that have none.
+    settings = copy.deepcopy(RECIPES[given["recipe"]]) | given
+    args = argparse.Namespace(**settings)
     args.data = data_name(args.data)  # the folder of a recipe, too, becomes a whole path
     args.crop_scale = sorted(args.crop_scale)
     args.out = args.out or f"runs/{Path(args.data).name}"
@@ -1024,7 +1033,8 @@ def command_line(main):
     try:
         main()
     except Exception as error:
-        message = str(error).split("UserError: ")[-1].strip()  # loader workers add a traceback
+        # From a loader worker, the text is a traceback with the message at its end.
+        message = str(error).split("UserError: ")[-1].strip()
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if out_of_memory or "allocate memory" in message:
             message = "out of memory; lower --batch-size or --size, and give another --out"
