@@ -69,7 +69,7 @@ def overlap(centers, radii, max_reach=1.5):
     for centres that are further apart than that, and -inf for pairs that do not count. As in the
     authors' code, these are i = j, and centres closer than 1e-3, which lack a clear direction.
 
-    At first, r_i is about 3.5 (four views, radius_scale 7). So r_i + r_j is above max_reach, and
+    At first, r_i is 2 to 4 if radius_scale is 7. So r_i + r_j is above max_reach, and
     only the centres have a gradient, which pushes them apart. A centre is a mean of unit vectors.
     It is longer if these agree, and only long centres can be far apart. So the views of an image
     come to agree, too."""
@@ -101,7 +101,7 @@ def packing_numbers(z, radius_scale=7.0, max_reach=1.5):
     variance = covariance.trace()
     return {
         "radius": radii.mean(),
-        "neighbours": neighbours.sum() / len(radii),  # balls that a ball overlaps, on average
+        "neighbours": neighbours.sum() / len(radii),  # centres within reach of a centre, on average
         "spread": variance.sqrt(),  # root mean square distance of the centres from their mean
         # (sum of eigenvalues)^2 / sum of squares: the number of directions, from 1 to d
         "participation_ratio": variance**2 / covariance.square().sum().clamp(min=1e-30)}
@@ -163,7 +163,7 @@ def hue(x, change):
 
 def gaussian_blur(x, sigma, kernel):
     """Blur with `kernel` taps, reflecting at the borders. sigma is in pixels. All channels of all
-    images go through one convolution, as groups with a kernel each."""
+    images go through the same two convolutions, as groups with a kernel each."""
     n, channels, height, width = x.shape
     taps = torch.arange(kernel, device=x.device) - kernel // 2
     sigma = sigma.view(n, 1).clamp(min=1e-3)  # at 0, only the middle tap counts
@@ -384,7 +384,7 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
     rank, world = rank_and_world()
     parts = dict(loss_fn=loss_fn, network=network, augment=augment, data=data, optimizer=optimizer)
     own = [name for name, part in parts.items() if part is not None]
-    # All that has to stay the same if a run continues. The keys stand in error messages.
+    # What differences() compares if a run continues. The keys stand in error messages.
     settings = vars(args) | {"own": own, "data": args.data if data is None else "own"}
     dataset = load_data(args.data, "train", args.limit, args.seed, data).to(device)
     n = len(dataset.labels)
@@ -457,8 +457,8 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
             if step == 0 and rank == 0:
                 few = views[:8, :8].transpose(0, 1)  # [images, views, 3, size, size]
                 save_image(few.flatten(0, 1), out / "views.png", nrow=few.shape[1], normalize=True)
-            # Reading numbers makes a GPU wait, so it is done at some 20 steps. The last is one of
-            # them, because no NaN may be saved.
+            # Reading numbers makes a GPU wait, so it is done at 21 steps or fewer. The last is one
+            # of them, because no NaN may be saved.
             if k % math.ceil(steps / 20) == 0 or k + 1 == steps:
                 readings.append(read_numbers(loss, z, network, args, epoch))
                 bar.set_postfix(loss=readings[-1]["loss"], neighbours=readings[-1]["neighbours"])
@@ -508,9 +508,9 @@ def read_numbers(loss, z, network, args, epoch):
 
 
 def differences(settings, others):
-    """The names of settings that differ. Some do not matter: out, device and workers change no
-    results. recipe and amp only lead to other settings, which are compared. (The number of
-    processes is none. With another one, a run continues with other random numbers.)"""
+    """The names of settings that differ. out and workers may differ, because they change no
+    results, and recipe and amp, because they lead to other settings, which are compared. A run may
+    continue on another device or number of processes, too, but with other random numbers."""
     names = (settings.keys() | others.keys()) - {"out", "device", "workers", "recipe", "amp"}
     return ", ".join(sorted(x for x in names if settings.get(x) != others.get(x)))
 
@@ -877,8 +877,8 @@ class Crops(torch.utils.data.Dataset):
     wrong label then. (Training does not use labels, the k-NN read-out may err a little, and the
     evaluation refuses such files.)
 
-    Random crops follow from seed, step and rows alone. So a run can be continued, with any number
-    of loader workers."""
+    On one kind of device, random crops follow from seed, step and rows alone. So a run can be
+    continued, with any number of loader workers."""
 
     def __init__(self, data, crop, seed):
         self.data, self.crop, self.seed = data, crop, seed
@@ -919,7 +919,7 @@ def image_batches(data, batches, crop, device, workers=0, seed=0):
 SMALL = dict(
     data="cifar10", radius_scale=7.0, max_reach=1.2,  # better than the authors' 1.5 with two views
     views=2, batch_size=128, epochs=30, warmup_epochs=1.0, lr=0.4, eta=0.0,
-    arch="resnet18", stem="imagenet",  # on a CPU, the CIFAR stem takes 16 times as long
+    arch="resnet18", stem="imagenet",  # on a CPU, the CIFAR stem takes 15 times as long
     zero_init=True, projector=[2048, 256], size=32, crop_scale=[0.2, 1.0],
     jitter=[0.4, 0.4, 0.2, 0.1], blur_p=[0.5], solarize_p=[0.0])
 IMAGENET = dict(
@@ -976,7 +976,7 @@ def parse_args(argv=None):
         help="train on this many random images (all)")
     add("--out", default=None, help="run folder (runs/<data>)")
     add("--radius-scale", type=within(float, 1e-3), help="r_s, factor on the radii")
-    add("--max-reach", type=within(float, 1e-3), help="largest sum of two radii")
+    add("--max-reach", type=within(float, 1e-3), help="c, largest reach of two balls")
     add("--views", type=within(int, 2), help="m, views of an image")
     add("--batch-size", type=within(int, 2), help="b, images a step, over all processes")
     add("--epochs", type=within(int, 1), help="passes over the images")
@@ -1023,8 +1023,8 @@ def add_machine_flags(parser):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
     add("--workers", type=within(int, 0), default=min(8, os.cpu_count() or 1),
-        help="loader processes, for each GPU (cores, at most 8)")
-    add("--seed", type=within(int, 0, 2**62), default=0, help="seed of all random numbers (0)")
+        help="loader processes, for each process (cores, at most 8)")
+    add("--seed", type=within(int, 0, 2**62), default=0, help="seed of random numbers (0)")
 
 
 def command_line(main):

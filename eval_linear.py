@@ -271,8 +271,8 @@ def choose_images(name, args, own=None):
 
 
 def check_readable(*data):
-    """Raise UserError if images could not be read. (The loader has put other images in their place,
-    so their features are wrong.)"""
+    """Raise UserError if images could not be read. (If files are read when they are needed, others
+    have been taken in their place.)"""
     here = set().union(*(x.unreadable for x in data))
     unreadable = set().union(*clamp.from_all(here))  # from all processes
     if unreadable:
