@@ -69,10 +69,9 @@ def overlap(centers, radii, max_reach=1.5):
     for centres that are further apart than that, and -inf for pairs that do not count. As in the
     authors' code, these are i = j, and centres closer than 1e-3, which lack a clear direction.
 
-    At first, r_i is 2 to 4 if radius_scale is 7. So r_i + r_j is above max_reach, and
-    only the centres have a gradient, which pushes them apart. A centre is a mean of unit vectors.
-    It is longer if these agree, and only long centres can be far apart. So the views of an image
-    come to agree, too."""
+    At first, r_i is 2 to 4 if radius_scale is 7. So r_i + r_j is above max_reach, and only the
+    centres have a gradient, which pushes them apart. A centre is a mean of unit vectors. It is
+    longer if these agree, and only long centres can be far apart. So views come to agree, too."""
     exact = centers.double()  # in float32, the matrix product in cdist errs by up to 1e-3
     # The gradient of cdist is 0 where the distance is 0, not NaN.
     distance = torch.cdist(exact, exact).to(centers.dtype)
@@ -149,7 +148,7 @@ def hue(x, change):
     red, green, blue = x.unbind(1)  # [n, h, w] each
     high, low = x.amax(1), x.amin(1)
     chroma = high - low
-    safe = chroma.clamp(min=1e-8)  # grey stays grey
+    safe = chroma.clamp(min=1e-8)  # not to divide by 0
     # The angle is in sixths of a turn: red is at 0, green at 2, blue at 4.
     angle = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     angle = torch.where(high == red, (green - blue) / safe, angle)
@@ -184,7 +183,7 @@ def normalize(x):
 @dataclass
 class MultiViewAugment:
     """Random views of images, by the steps of SimCLR and BYOL, on the images' device. crop() is
-    called while images are loaded, the instance itself in the training loop."""
+    called when images are loaded. The instance is called in the training loop."""
     size: int  # of a view, in pixels
     views: int  # m
     crop_scale: tuple = (0.08, 1.0)  # least and largest share of the image's area
@@ -277,7 +276,7 @@ def start_processes(args):
 def gather(z):
     """z [m, b / world, d] of each process -> [m, b, d]. All processes then compute the same loss,
     but each gets only the gradient that flows through its own part. Summed over processes, this is
-    the whole gradient. DDP averages instead, so train() multiplies the loss by their number."""
+    the whole gradient. DDP averages instead, so train() multiplies the loss by `world`."""
     rank, world = rank_and_world()
     if world == 1:
         return z
@@ -421,10 +420,12 @@ def train(args, loss_fn=None, network=None, augment=None, data=None, optimizer=N
         readout = pick_readout(dataset, args)  # images for a k-NN test after each epoch
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         classes = len(dataset.labels[dataset.labels >= 0].unique()) or "unknown"
-        old = "continuing" if start < args.epochs else "already finished:"
+        action = "continuing" if checkpoint else "writing"
+        if start == args.epochs:
+            action = "already finished:"
         print(f"{settings['data']}: {n} images of {classes} classes, {steps} steps an epoch; "
               f"torch {torch.__version__}, {world} x {name}, {dtype}; "
-              f"{old if checkpoint else 'writing'} {out}/")
+              f"{action} {out}/")
         if not checkpoint:
             claim(out)  # fails if another command begins here, too
             save(out, log, settings, 0, saved)  # from now on, other settings are refused
@@ -595,7 +596,7 @@ def center_crop(images, size):
 def extract_features(backbone, data, rows, size, device, dtype, workers=0):
     """Features float32 [n, f] of the images `rows` [n]. The backbone has to be in eval mode."""
     crop, batches = partial(center_crop, size=size), rows.split(256)
-    # image_batches() takes (step, rows). The step matters for random crops alone.
+    # image_batches() takes (step, rows). Only random crops depend on the step.
     stream = image_batches(data, enumerate(batches), crop, device, workers)
     bar = progress(stream, "features", len(batches), leave=False)
     parts = [embed(backbone, normalize(x / 255), dtype).cpu() for x in bar]
@@ -821,8 +822,8 @@ def read_image(file, size=None):
 
 
 def keep_in_memory(data):
-    """Read all files now, if they need at most 4 GB, and 80 % of a sample have the same size of at
-    most 256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
+    """Read all files now if they need at most 4 GB, and 80 % of a sample have one size of at most
+    256 px. Images of other sizes are fitted to it. Otherwise data stays as it is."""
     n = len(data.files)
     sample = data.files[np.linspace(0, n - 1, min(n, 30)).astype(int)]
     images, problems = zip(*map(read_image, sample))
@@ -908,7 +909,7 @@ def image_batches(data, batches, crop, device, workers=0, seed=0):
         num_workers=workers if from_files else 0, pin_memory=from_files and device.type == "cuda")
     for crops, problems in loader:
         data.report(problems)
-        # pick_readout() may copy from a GPU to the CPU. That has to block, or is read too early.
+        # pick_readout() may copy from a GPU to the CPU. Without blocking, it could read too early.
         yield crops.to(device, non_blocking=device.type == "cuda")
 
 
@@ -1023,7 +1024,7 @@ def add_machine_flags(parser):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision (auto)")
     add("--workers", type=within(int, 0), default=min(8, os.cpu_count() or 1),
-        help="loader processes, for each process (cores, at most 8)")
+        help="loader workers of each process (cores, at most 8)")
     add("--seed", type=within(int, 0, 2**62), default=0, help="seed of random numbers (0)")
 
 

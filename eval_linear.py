@@ -133,12 +133,11 @@ def training_steps(split, args, options, augmented):
     rank, world = clamp.rank_and_world()
     n = len(split.rows)
     total = args.epochs * (n // args.batch_size)
-    # draw() yields (step, batch) for all steps. draw(rank=rank, world=world) yields the same, but
-    # only this process's part of each batch.
+    # Each call of draw() yields the same: (step, batch) for all steps.
     draw = partial(clamp.draw_batches, n, args.batch_size, range(args.epochs), args.seed)
     if augmented:
         augment = CropAndFlip(options["size"], views=1)
-        parts = ((step, split.rows[places]) for step, places in draw(rank=rank, world=world))
+        parts = ((step, split.rows[batch.chunk(world)[rank]]) for step, batch in draw())
         # The crops of (step, rows) are random by the step and the rows.
         crops_of_parts = clamp.image_batches(split.data, parts, augment.crop, options["device"],
                                              options["workers"], args.seed)
